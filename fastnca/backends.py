@@ -1,0 +1,47 @@
+"""Which implementation of the rollout runs, and why another one cannot.
+
+A backend is one predicate: it returns None when the backend can run the request and the reason, as a clause, when
+it cannot. ``auto`` takes the first that can; a backend asked for by name raises with its reason.
+"""
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def _reference_why_not(device, dtype, num_channels, precision):
+    if precision != "fp32":
+        return f"it computes in the dtype of its input and knows no precision={precision!r}"
+    return None
+
+
+# In the order of preference.
+_WHY_NOT = {"reference": _reference_why_not}
+BACKENDS = tuple(_WHY_NOT)
+
+
+def check_backend_name(backend):
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}: expected one of auto, {', '.join(BACKENDS)}")
+
+
+def why_not(backend, *, device="cpu", dtype=torch.float32, num_channels=16, precision="fp32"):
+    """None if ``backend`` can run this request, else the reason as a clause."""
+    return _WHY_NOT[backend](torch.device(device), dtype, num_channels, precision)
+
+
+def choose_backend(backend="auto", *, device="cpu", dtype=torch.float32, num_channels=16, precision="fp32"):
+    """The name of the backend that will run.
+
+    Raises ValueError for an unknown name or precision and RuntimeError, with the reason, where the request cannot run.
+    """
+    check_backend_name(backend)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    request = {"device": device, "dtype": dtype, "num_channels": num_channels, "precision": precision}
+    candidates = BACKENDS if backend == "auto" else (backend,)
+    reasons = {name: why_not(name, **request) for name in candidates}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise RuntimeError("; ".join(f"backend {name!r} cannot run: {reason}" for name, reason in reasons.items()))
