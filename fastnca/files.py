@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -10,17 +9,13 @@ from pathlib import Path
 def atomic_write(path):
     """A binary file that takes the place of ``path`` when the block ends without an error, and leaves it alone else."""
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        os.replace(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        partial.unlink(missing_ok=True)
         raise

@@ -1,0 +1,211 @@
+"""Recipes, and the trainer that follows one."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .losses import PerceptualLoss
+from .model import DualSpecTNCA, decode_db
+
+ACTIVE_DB = -70.0  # the notebook's border between sound and silence
+FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model learns one target. All levels and losses are in dB."""
+
+    learning_rate: float
+    coordinates: tuple = ()  # of the initial grids, see DualSpecTNCA
+    cosine_decay: bool = False  # of the learning rate over the whole budget
+    normalize_gradients: bool = False  # each parameter's gradient to unit norm before Adam
+    active_cells_only: bool = False  # only where the target is above ACTIVE_DB, as the notebook
+    mel_weight: float = 1.0  # of the mean absolute error of the mel grid
+    linear_weight: float = 1.0  # the same of the linear grid
+    gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
+    magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
+    num_steps: int = 96
+    log_interval: int = 25  # epochs between progress pictures
+
+
+RECIPES = {
+    "notebook": Recipe(
+        learning_rate=2e-4,
+        active_cells_only=True,
+        mel_weight=0.3,
+        linear_weight=0.5,
+        gram_weight=2.0,
+        log_interval=100,
+    ),
+    "default": Recipe(
+        learning_rate=2e-3,
+        coordinates=(
+            *(("sin", "f", octave) for octave in range(7)),
+            *(("cos", "f", octave) for octave in range(3, 6)),
+            ("sin", "t", 0),
+            ("cos", "t", 0),
+            ("sin", "t", 1),
+            ("cos", "t", 1),
+        ),
+        cosine_decay=True,
+        normalize_gradients=True,
+        magnitude_weight=20.0,
+    ),
+}
+
+
+def find_recipe(name):
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When training ends: after ``epochs`` or ``minutes`` of training time, whichever comes first."""
+
+    epochs: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self):
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise ValueError(f"minutes must be a positive number, got {self.minutes}")
+        if self.epochs is None and self.minutes is None:
+            raise ValueError("a budget needs epochs or minutes")
+
+    def spent(self, epoch, seconds):
+        """The used share of the budget, 1 or more when it is over."""
+        by_epochs = epoch / self.epochs if self.epochs else 0.0
+        by_time = seconds / (60.0 * self.minutes) if self.minutes else 0.0
+        return max(by_epochs, by_time)
+
+
+class Trainer:
+    """Teaches one model one target, epoch by epoch.
+
+    Args:
+        target_mel, target_linear: [n_mels, T] and [n_linear, T] in dB, between -80 and 0.
+        seed: of the initial weights and all that follows; on one machine the same seed and epochs give the same model.
+    """
+
+    def __init__(self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", device="cpu"):
+        torch.manual_seed(seed)
+        self.recipe = recipe
+        self.budget = budget
+        self.model = DualSpecTNCA(
+            n_mels=target_mel.shape[0],
+            n_linear=target_linear.shape[0],
+            backend=backend,
+            coordinates=recipe.coordinates,
+        ).to(device)
+        self.perceptual_loss = PerceptualLoss(device).requires_grad_(False) if recipe.gram_weight else None
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
+        self.target_linear = torch.as_tensor(target_linear, dtype=torch.float32, device=device)[None]
+        self.initial_grids = self.model.seed(self.target_mel.shape[2])
+        self.epoch = 0
+        self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
+
+    @property
+    def progress(self):
+        """The spent share of the budget, 1 or more when training is over."""
+        return self.budget.spent(self.epoch, self.seconds)
+
+    @property
+    def learning_rate(self):
+        if not self.recipe.cosine_decay:
+            return self.recipe.learning_rate
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.progress))
+        return self.recipe.learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
+
+    def grow(self):
+        """The grids' present decoded values after the recipe's steps, [1, n_mels, T] and [1, n_linear, T] in dB."""
+        mel, linear = self.model.rollout(
+            *self.initial_grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every()
+        )
+        return decode_db(mel), decode_db(linear)
+
+    def _checkpoint_every(self):
+        # Eager autograd keeps about 1 kB per cell and step; four steps at a time fit where 96 do not, as fast.
+        return 4 if self.model.backend == "reference" else None
+
+    def loss(self, mel_db, linear_db):
+        """The recipe's loss of two grown spectrograms -> (total, mel part, linear part)."""
+        mel = self.recipe.mel_weight * self._grid_loss(mel_db, self.target_mel)
+        linear = self.recipe.linear_weight * self._grid_loss(linear_db, self.target_linear)
+        if self.perceptual_loss is not None:
+            mask = self._mask(self.target_mel)
+            pair = ((mel_db * mask)[:, None], (self.target_mel * mask)[:, None])
+            mel = mel + self.recipe.gram_weight * self.perceptual_loss(*pair)
+        return mel + linear, mel, linear
+
+    def _grid_loss(self, grown, target):
+        mask = self._mask(target)
+        loss = F.l1_loss(grown * mask, target * mask)
+        if self.recipe.magnitude_weight:
+            loss = loss + self.recipe.magnitude_weight * F.l1_loss(10.0 ** (grown / 40.0), 10.0 ** (target / 40.0))
+        return loss
+
+    def _mask(self, target):
+        return (target > ACTIVE_DB).to(target.dtype) if self.recipe.active_cells_only else 1.0
+
+    def train_epoch(self):
+        """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_loss", "linear_loss"}.
+
+        Raises TrainingDiverged before a loss or gradient that is not finite reaches the weights.
+        """
+        started = time.perf_counter()
+        learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
+        total, mel, linear = self.loss(*self.grow())
+        self.optimizer.zero_grad()
+        total.backward()
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if not torch.isfinite(total) or not torch.isfinite(norms).all():
+            raise TrainingDiverged(
+                f"the loss became {total.item():g} (gradient norm {norms.max().item():g}) in epoch {self.epoch + 1}"
+            )
+        if self.recipe.normalize_gradients:
+            for gradient, norm in zip(gradients, norms, strict=True):
+                gradient.div_(norm + 1e-8)
+        self.optimizer.step()
+        self.epoch += 1
+        self.seconds += time.perf_counter() - started
+        return {
+            "epoch": self.epoch,
+            "seconds": round(self.seconds, 3),
+            "learning_rate": learning_rate,
+            "loss": total.item(),
+            "mel_loss": mel.item(),
+            "linear_loss": linear.item(),
+        }
+
+    def state_dict(self):
+        """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        names = [name for name, _ in self.model.named_parameters()]
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"adam.{names[index]}.{key}": value for key, value in state.items()})
+        tensors["random_state"] = torch.get_rng_state()
+        return tensors, {"epoch": self.epoch, "seconds": self.seconds}
+
+    def load_state_dict(self, tensors, numbers):
+        names = [name for name, _ in self.model.named_parameters()]
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
+        state = {
+            index: {key: tensors[f"adam.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, name in enumerate(names)
+            if numbers["epoch"] > 0
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        torch.set_rng_state(tensors["random_state"])
+        self.epoch, self.seconds = numbers["epoch"], numbers["seconds"]
