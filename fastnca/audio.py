@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .files import atomic_write
+
 SAMPLE_RATE = 22050
 N_FFT = 1024
 HOP_LENGTH = 256
@@ -196,7 +198,9 @@ def load_audio(path, duration=None):
     count = math.ceil(used / BLOCK) * BLOCK
     samples = samples[:count]
     if np.ptp(samples) < SILENCE:
-        what = "is silent" if used / SAMPLE_RATE > total - 0.05 else f"is silent in its first {used / SAMPLE_RATE:.3g} s"
+        what = (
+            "is silent" if used / SAMPLE_RATE > total - 0.05 else f"is silent in its first {used / SAMPLE_RATE:.3g} s"
+        )
         raise ValueError(f"{path} {what} (mixed to mono); use a recording with sound in it")
     peak = float(np.abs(samples).max())
     gain = 1 / peak if peak > 1 else 1.0
@@ -216,18 +220,8 @@ def write_wav(path, samples):
     samples = as_samples(samples, minimum=0)
     peak = float(np.abs(samples).max(initial=0.0))
     gain = 1 / peak if peak > 1 else 1.0
-    path = os.fspath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            soundfile.write(file, samples * np.float32(gain), SAMPLE_RATE, format="WAV", subtype="PCM_24")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with atomic_write(path) as file:
+        soundfile.write(file, samples * np.float32(gain), SAMPLE_RATE, format="WAV", subtype="PCM_24")
     return gain
 
 
@@ -236,9 +230,7 @@ def mel_basis(config):
     """[n_mels, n_linear] Slaney mel filters of librosa, the ones BigVGAN was trained with."""
     from librosa.filters import mel
 
-    filters = mel(
-        sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax
-    )
+    filters = mel(sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax)
     return torch.from_numpy(filters).float()
 
 

@@ -1,8 +1,8 @@
 """What a grown spectrogram is judged by while it learns."""
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 
 class PerceptualLoss(nn.Module):

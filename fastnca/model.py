@@ -6,7 +6,7 @@ import numbers
 from pathlib import Path
 
 import torch
-import torch.nn as nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import backends, reference
@@ -138,10 +138,18 @@ class DualSpecTNCA(nn.Module):
         self._check_grids(grid_mel, grid_linear)
         if not isinstance(num_steps, numbers.Integral) or num_steps < 0:
             raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
-        if checkpoint_every is not None and (not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1):
+        if checkpoint_every is not None and (
+            not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1
+        ):
             raise ValueError(f"checkpoint_every must be None or an integer of at least 1, got {checkpoint_every!r}")
         assert self.backend == "reference"
         return tuple(self._reference_rollout(grid, num_steps, checkpoint_every) for grid in (grid_mel, grid_linear))
+
+    @torch.no_grad()
+    def grow(self, n_frames, num_steps=96):
+        """Grow both grids from their seeds -> (mel_db [n_mels, n_frames], linear_db [n_linear, n_frames]) on the CPU."""
+        grids = self.rollout(*self.seed(n_frames), num_steps)
+        return tuple(decode_db(grid)[0].float().cpu() for grid in grids)
 
     def _reference_rollout(self, grid, num_steps, checkpoint_every):
         if checkpoint_every is None or not torch.is_grad_enabled():

@@ -127,12 +127,15 @@ class Trainer:
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.progress))
         return self.recipe.learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
-    def grow(self):
-        """The grids' present decoded values after the recipe's steps, [1, n_mels, T] and [1, n_linear, T] in dB."""
+    def _rollout(self):
         mel, linear = self.model.rollout(
             *self.initial_grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every()
         )
         return decode_db(mel), decode_db(linear)
+
+    def grown(self):
+        """What the model grows now: (mel_db [n_mels, T], linear_db [n_linear, T]) on the CPU."""
+        return self.model.grow(self.target_mel.shape[2], self.recipe.num_steps)
 
     def _checkpoint_every(self):
         # Eager autograd keeps about 1 kB per cell and step; four steps at a time fit where 96 do not, as fast.
@@ -165,7 +168,7 @@ class Trainer:
         """
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        total, mel, linear = self.loss(*self.grow())
+        total, mel, linear = self.loss(*self._rollout())
         self.optimizer.zero_grad()
         total.backward()
         gradients = [parameter.grad for parameter in self.model.parameters()]

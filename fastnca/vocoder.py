@@ -47,9 +47,7 @@ def griffin_lim(magnitude, n_iter=200, momentum=0.99, phase=None, seed=0, config
     """
     magnitude = torch.as_tensor(magnitude, dtype=torch.float32)
     if magnitude.ndim != 2 or magnitude.shape[0] != config.n_linear or magnitude.shape[1] < 2:
-        raise ValueError(
-            f"magnitude must have shape [{config.n_linear}, T] with T >= 2, got {list(magnitude.shape)}"
-        )
+        raise ValueError(f"magnitude must have shape [{config.n_linear}, T] with T >= 2, got {list(magnitude.shape)}")
     if not (torch.isfinite(magnitude).all() and (magnitude >= 0).all()):
         raise ValueError("magnitude must be finite and not negative (is it in dB?)")
     if phase is None:
@@ -137,7 +135,9 @@ def find_bigvgan(name_or_dir):
                 )
         return paths
     if not _is_hub_name(name_or_dir):
-        raise FileNotFoundError(f"no such BigVGAN folder: {name_or_dir}; give a folder or a hub name such as {DEFAULT_BIGVGAN}")
+        raise FileNotFoundError(
+            f"no such BigVGAN folder: {name_or_dir}; give a folder or a hub name such as {DEFAULT_BIGVGAN}"
+        )
     from huggingface_hub import try_to_load_from_cache
 
     paths = tuple(try_to_load_from_cache(name_or_dir, file) for file in (CONFIG_FILE, WEIGHTS_FILE))
