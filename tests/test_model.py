@@ -1,0 +1,304 @@
+"""The automaton on the reference backend: the rule, the notebook's interface, the public checks."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastnca
+from fastnca import backends, reference
+
+
+class NotebookModel(nn.Module):
+    """The prototype's class as it was published, with the loop that never reaches its result."""
+
+    def __init__(self, num_channels=16, n_mels=80, n_linear=513):
+        super().__init__()
+        self.num_channels = num_channels
+        self.update_mlp = nn.Sequential(
+            nn.Conv2d(num_channels * 4, 128, 1),
+            nn.ReLU(),
+            nn.Conv2d(128, 64, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, num_channels, 1, bias=True),
+        )
+
+    def perceive(self, grid):
+        sobel_x = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=grid.dtype).view(1, 1, 3, 3)
+        laplacian = torch.tensor([[1, 2, 1], [2, -12, 2], [1, 2, 1]], dtype=grid.dtype).view(1, 1, 3, 3)
+        kernels = (sobel_x, sobel_x.transpose(-2, -1), laplacian)
+        parts = [F.conv2d(grid, k.repeat(self.num_channels, 1, 1, 1), padding=1, groups=grid.shape[1]) for k in kernels]
+        return torch.cat([grid, *parts], dim=1)
+
+    def forward(self, *grids, masked=False):
+        result = []
+        for grid in grids:
+            grid = grid + self.update_mlp(self.perceive(grid))
+            if masked:  # what its comment says it does
+                alpha = torch.clamp(grid[:, 1:2], 0.0, 1.0)
+                grid = torch.cat([grid[:, :1], alpha, grid[:, 2:]], dim=1)
+                grid = grid * F.max_pool2d(alpha, kernel_size=3, stride=1, padding=1)
+            result.append(grid)
+        return tuple(result)
+
+
+def random_grids(model, n_frames=9, batch=2, dtype=torch.float32):
+    torch.manual_seed(1)
+    return tuple(torch.randn(batch, 16, bands, n_frames, dtype=dtype) for bands in (model.n_mels, model.n_linear))
+
+
+@pytest.mark.parametrize("life_mask", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_is_a_drop_in_for_the_notebook(life_mask, dtype):
+    torch.manual_seed(0)
+    notebook = NotebookModel().to(dtype)
+    model = fastnca.DualSpecTNCA(16, 80, 513, life_mask=life_mask, backend="reference").to(dtype)
+    assert list(model.state_dict()) == list(notebook.state_dict())
+    model.load_state_dict(notebook.state_dict())
+    grids = random_grids(model, dtype=dtype)
+    torch.testing.assert_close(model.perceive(grids[0]), notebook.perceive(grids[0]))
+    for ours, theirs in zip(model(*grids), notebook(*grids, masked=life_mask), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_initial_weights_are_the_notebooks():
+    last = fastnca.DualSpecTNCA().update_mlp[-1]
+    assert not last.weight.any()
+    assert last.bias.tolist() == [0.0, 1.0] + [0.0] * 14
+
+
+def test_perceive_by_hand():
+    s = torch.zeros(1, 1, 3, 3)
+    s[0, 0, 0, 0] = 1.0
+    p = reference.perceive(s)[0]
+    assert p.shape == (4, 3, 3)
+    assert p[1, 1, 1] == -1.0 and p[2, 1, 1] == -1.0 and p[3, 1, 1] == 1.0  # seen from its lower right neighbour
+    assert p[3, 0, 0] == -12.0 and p[1, 0, 1] == -2.0 and p[2, 1, 0] == -2.0  # cross-correlation, zero padding
+
+
+def test_the_mask_spreads_life_by_one_cell_and_kills_the_rest():
+    model = fastnca.DualSpecTNCA(n_mels=5, n_linear=7, backend="reference")
+    model.update_mlp[-1].bias.data[1] = 0.0
+    mel, _ = model.seed(7)
+    mel[:, 0] = 5.0
+    grown, _ = model(mel, model.seed(7)[1])
+    alive = torch.zeros(5, 7)
+    alive[1:4, 2:5] = 1.0
+    torch.testing.assert_close(grown[0, 0], 5.0 * alive)
+
+
+def test_rollout_is_repeated_forward():
+    model = fastnca.DualSpecTNCA(backend="reference")
+    nn.init.normal_(model.update_mlp[-1].weight, std=0.01)
+    grids = random_grids(model)
+    stepped = grids
+    for _ in range(3):
+        stepped = model(*stepped)
+    for one, other in zip(model.rollout(*grids, 3), stepped, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(model.rollout(*grids, 0), grids, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 2, 3, 7])
+def test_checkpointing_leaves_the_gradient_as_it_is(checkpoint_every):
+    model = fastnca.DualSpecTNCA(n_mels=6, n_linear=9, backend="reference")
+    nn.init.normal_(model.update_mlp[-1].weight, std=0.05)
+    gradients = []
+    for every in (None, checkpoint_every):
+        grids = [grid.requires_grad_() for grid in random_grids(model)]
+        model.zero_grad()
+        sum((grid**2).sum() for grid in model.rollout(*grids, 5, checkpoint_every=every)).backward()
+        gradients.append([t.grad.clone() for t in (*grids, *model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_in_float64():
+    torch.manual_seed(0)
+    model = fastnca.DualSpecTNCA(n_mels=2, n_linear=3, backend="reference").double()
+    nn.init.normal_(model.update_mlp[-1].weight, std=0.05)
+    grids = [torch.rand(1, 16, bands, 3, dtype=torch.float64, requires_grad=True) for bands in (2, 3)]
+    assert torch.autograd.gradcheck(lambda *g: model.rollout(*g, 2), grids, atol=1e-4)
+
+
+def test_seed_and_coordinates():
+    model = fastnca.DualSpecTNCA(n_mels=4, n_linear=6, coordinates=[("sin", "f", 0), ("cos", "t", 1)])
+    mel, linear = model.seed(5)
+    assert mel.shape == (1, 16, 4, 5) and linear.shape == (1, 16, 6, 5)
+    for grid, height in ((mel, 4), (linear, 6)):
+        assert grid[0, 1].sum() == 1.0 and grid[0, 1, height // 2, 2] == 1.0
+        assert not grid[0, 0].any() and not grid[0, 4:].any()
+        f, t = torch.linspace(-1, 1, height), torch.linspace(-1, 1, 5)
+        torch.testing.assert_close(grid[0, 2], torch.sin(math.pi * f)[:, None].expand(-1, 5))
+        torch.testing.assert_close(grid[0, 3], torch.cos(2 * math.pi * t).expand(height, -1))
+
+
+def test_decode_db():
+    grid = torch.zeros(2, 16, 3, 4)
+    grid[1, 0] = 100.0
+    decoded = fastnca.decode_db(grid)
+    assert decoded.shape == (2, 3, 4)
+    assert decoded[0].eq(-40.0).all() and decoded[1].eq(0.0).all()
+
+
+def test_grow_is_the_decoded_rollout():
+    model = fastnca.DualSpecTNCA()
+    mel_db, linear_db = model.grow(8, num_steps=2)
+    mel, linear = model.rollout(*model.seed(8), 2)
+    assert torch.equal(mel_db, fastnca.decode_db(mel)[0]) and torch.equal(linear_db, fastnca.decode_db(linear)[0])
+
+
+MEL, LINEAR = torch.zeros(1, 16, 80, 8), torch.zeros(1, 16, 513, 8)
+
+
+@pytest.mark.parametrize(
+    ("mel", "linear", "error", "words"),
+    [
+        (MEL[0], LINEAR, ValueError, r"grid_mel must have shape \[N, 16, 80, T\].*got \[16, 80, 8\]"),
+        (MEL[:, :15], LINEAR, ValueError, r"grid_mel must have shape.*got \[1, 15, 80, 8\]"),
+        (MEL[:, :, :79], LINEAR, ValueError, r"grid_mel must have shape.*got \[1, 16, 79, 8\]"),
+        (MEL, LINEAR[:, :, :512], ValueError, r"grid_linear must have shape \[N, 16, 513, T\].*got \[1, 16, 512, 8\]"),
+        (MEL[..., :0], LINEAR[..., :0], ValueError, "at least 1"),
+        (MEL, LINEAR[..., :7], ValueError, "same batch size and number of frames"),
+        (MEL, LINEAR.expand(2, -1, -1, -1), ValueError, "same batch size and number of frames"),
+        (MEL.double(), LINEAR, TypeError, "parameters' dtype torch.float32, got torch.float64"),
+        (MEL, LINEAR.to("meta"), ValueError, "parameters' device cpu, got meta"),
+        (MEL.numpy(), LINEAR, TypeError, "must be a torch.Tensor, got ndarray"),
+    ],
+)
+def test_wrong_grids(mel, linear, error, words):
+    with pytest.raises(error, match=words):
+        fastnca.DualSpecTNCA()(mel, linear)
+
+
+@pytest.mark.parametrize("num_steps", [-1, 1.5, "3"])
+def test_wrong_num_steps(num_steps):
+    with pytest.raises(ValueError, match="num_steps must be an integer of at least 0"):
+        fastnca.DualSpecTNCA().rollout(MEL, LINEAR, num_steps)
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, -2, 2.0])
+def test_wrong_checkpoint_every(checkpoint_every):
+    with pytest.raises(ValueError, match="checkpoint_every must be None or an integer of at least 1"):
+        fastnca.DualSpecTNCA().rollout(MEL, LINEAR, 1, checkpoint_every=checkpoint_every)
+
+
+@pytest.mark.parametrize("n_frames", [0, -8, 2.5])
+def test_wrong_n_frames(n_frames):
+    with pytest.raises(ValueError, match="n_frames must be an integer of at least 1"):
+        fastnca.DualSpecTNCA().seed(n_frames)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "cuda"}, "unknown backend 'cuda': expected one of auto, "),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"num_channels": 1}, "num_channels must be at least 2"),
+        ({"n_mels": 0}, "at least 1"),
+        ({"coordinates": [("tan", "f", 0)]}, "a coordinate is"),
+        ({"coordinates": [("sin", "f", 0)] * 15}, "do not fit into 14 hidden channels"),
+    ],
+)
+def test_wrong_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        fastnca.DualSpecTNCA(**options)
+
+
+def test_a_named_backend_that_cannot_run_says_why():
+    model = fastnca.DualSpecTNCA(backend="reference", precision="bf16")
+    with pytest.raises(RuntimeError, match="backend 'reference' cannot run: .*precision='bf16'"):
+        model(MEL, LINEAR)
+
+
+def test_auto_names_what_it_takes():
+    assert fastnca.DualSpecTNCA().backend in backends.BACKENDS
+    assert fastnca.DualSpecTNCA().double().backend == "reference"
+    assert fastnca.DualSpecTNCA(num_channels=12).backend == "reference"
+
+
+class TestModelFiles:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        torch.manual_seed(3)
+        model = fastnca.DualSpecTNCA(n_mels=10, life_mask=False, coordinates=[("sin", "f", 0.5)])
+        fastnca.save_model(tmp_path / "model.safetensors", model, {"n_frames": 8})
+        return model, tmp_path / "model.safetensors"
+
+    def test_comes_back_whole(self, saved):
+        model, path = saved
+        loaded, sound = fastnca.load_model(path)
+        assert loaded.config == model.config and sound == {"n_frames": 8}
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            fastnca.load_model(tmp_path / "model.safetensors")
+
+    @pytest.mark.parametrize("keep", [0, 4, 100, -1])
+    def test_truncated(self, saved, keep):
+        path = saved[1]
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+            fastnca.load_model(path)
+
+    def test_pickle_is_refused(self, tmp_path):
+        torch.save(fastnca.DualSpecTNCA().state_dict(), tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+            fastnca.load_model(tmp_path / "model.pt")
+
+    def test_foreign_safetensors(self, tmp_path):
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match="was not written by fastnca"):
+            fastnca.load_model(tmp_path / "other.safetensors")
+
+    def test_weights_that_do_not_fit_the_configuration(self, tmp_path):
+        from safetensors.torch import save_file
+
+        model = fastnca.DualSpecTNCA()
+        metadata = {"format": "fastnca-model-1", "config": '{"num_channels": 8}', "sound": "{}"}
+        save_file(model.state_dict(), tmp_path / "model.safetensors", metadata)
+        with pytest.raises(ValueError, match="do not fit"):
+            fastnca.load_model(tmp_path / "model.safetensors")
+
+    def test_a_failed_write_leaves_the_old_file(self, saved, monkeypatch):
+        model, path = saved
+        before = path.read_bytes()
+
+        def full_disk(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("fastnca.files.os.fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            fastnca.save_model(path, fastnca.DualSpecTNCA())
+        assert path.read_bytes() == before
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_import_is_light():
+    script = """
+import sys, time
+started = time.perf_counter()
+import torch
+middle = time.perf_counter()
+alone = set(sys.modules)
+import fastnca
+added = time.perf_counter() - middle
+heavy = {"triton", "librosa", "matplotlib", "bigvgan", "soundfile", "rich", "typer"} & (set(sys.modules) - alone)
+assert not heavy, heavy
+print(added / (middle - started))
+"""
+    extra = [float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)]
+    while extra[-1] > 0.3 and len(extra) < 3:  # another process may have had the processor
+        extra.append(float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout))
+    assert min(extra) < 0.3, extra
