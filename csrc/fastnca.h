@@ -1,0 +1,117 @@
+// The C++ interface between the rollout driver and the kernels, which are compiled once per instruction set.
+//
+// A state is stored channels-last, [grid][n][y][x][16], and holds u: the result of a step BEFORE alpha is clamped and
+// the cell is masked by the life of its neighbours. Both are applied when a state is read, so a step needs only one
+// pass, and the backward pass finds the clamp's gate in the saved state instead of recomputing it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastnca {
+
+constexpr int kChannels = 16;
+constexpr int kPerception = 4 * kChannels;
+constexpr int kHidden1 = 128;
+constexpr int kHidden2 = 64;
+constexpr int kAlpha = 1;
+
+// Parameters in the layout of 1x1 convolutions: w[out][in].
+struct Weights {
+    const float *w1, *b1, *w2, *b2, *w3, *b3;
+};
+
+// One accumulator of parameter gradients; the matrices are transposed, [in][out].
+struct WeightGradients {
+    alignas(64) float w1[kPerception * kHidden1];
+    alignas(64) float w2[kHidden1 * kHidden2];
+    alignas(64) float w3[kHidden2 * kChannels];
+    alignas(64) float b1[kHidden1];
+    alignas(64) float b2[kHidden2];
+    alignas(64) float b3[kChannels];
+};
+
+// A batch of grids of one size, cut into tiles of equal size (smaller at the lower and right edge).
+// The cut depends on the size alone: results do not depend on the number of threads.
+struct Grid {
+    int64_t height, width;
+    int64_t tile_height, tile_width;
+    int64_t tiles_down, tiles_across;
+};
+
+// A tile is the unit of work. Its extended form, one cell larger on every side, is what its cells read and, in the
+// backward pass, what they send gradients to.
+struct Tile {
+    const Grid* grid;
+    int64_t cells_before;     // of a state: all cells before the first cell of this tile's sample
+    int64_t tiles_before;     // all tiles before the first tile of this tile's sample
+    int64_t extended_before;  // cells of the extended forms of all tiles before this one
+    int64_t y0, x0;
+    int height, width;
+};
+
+inline int64_t extended_cells(const Tile& tile) { return int64_t(tile.height + 2) * (tile.width + 2); }
+
+// A step reads the state `from`; `masked` tells whether clamp and life mask apply to it (not to the initial state).
+struct StepTask {
+    const float* packed;
+    const float* from;
+    bool masked;
+    float* to;
+};
+
+struct BackwardTask {
+    const float* packed;
+    const Tile* tiles;
+    const float* from;  // the state that the step read, as in StepTask
+    bool masked;
+    const float* to;  // the state that the step wrote
+    bool life_mask;   // whether `to` was clamped and masked when it was read
+    // Gradients of the read states: each tile holds, in its extended form, what its own cells contributed.
+    const float* gradient_to;
+    float* gradient_from;
+};
+
+struct Kernels {
+    const char* name;
+    size_t packed_floats;
+    void (*pack)(const Weights&, float* packed);
+    size_t (*scratch_floats)(int height, int width);
+    void (*step)(const StepTask&, const Tile&, float* scratch);
+    // Reads a state and writes the planar output [16][height][width] of the tile's sample.
+    void (*read)(const float* state, bool masked, const Tile&, float* planar, float* scratch);
+    void (*backward)(const BackwardTask&, const Tile&, WeightGradients&, float* scratch);
+    // Sums the contributions to the tile's gradients and writes them planar.
+    void (*read_gradient)(const float* gradient, const Tile* tiles, const Tile&, float* planar, float* scratch);
+    // Runs `rounds` rounds of independent fused multiply-adds from registers; returns the number of operations.
+    double (*multiply_adds)(int64_t rounds);
+};
+
+// dispatch.cpp
+const Kernels& active_kernels();
+// Null where the name is unknown or the processor lacks the instructions; an empty name means the best there is.
+const Kernels* find_kernels(const char* name);
+void activate_kernels(const Kernels&);
+const char* const* kernel_names();  // null-terminated, best last
+
+// rollout.cpp
+struct Problem {
+    int64_t batch;
+    int64_t height[2], width[2];  // mel, linear
+    int64_t num_steps;
+    int64_t save_every;  // every save_every-th state is saved, and the last one
+    bool life_mask;
+    int threads;
+};
+
+constexpr int64_t kTooLarge = -1;
+int64_t state_floats(const Problem&);  // of one state of both grids, kTooLarge where it would overflow
+int64_t saved_states(const Problem&);
+
+// `states` (saved_states x state_floats) may be null: nothing is saved. Both return false when memory runs out.
+bool rollout(const Problem&, const Weights&, const float* const initial[2], float* const final[2], float* states);
+bool rollout_backward(const Problem&, const Weights&, const float* states, const float* const gradient_final[2],
+                      float* const gradient_initial[2], float* const gradient_weights[6]);
+double peak_flops(int threads);
+
+}  // namespace fastnca

@@ -1,0 +1,629 @@
+// The step of the automaton and its gradient for one tile. Compiled once per instruction set: FASTNCA_ISA names the
+// namespace, and the compiler's predefined macros tell the vector width. Only this file gets instruction set flags,
+// so it must not instantiate anything of the standard library that another object could share.
+//
+// Everything between two states is laid out [cell][channel]. Forward, data gradient and weight gradient are then all
+// the same kind of loop, an outer product of one broadcast value and a few vectors, and nothing is ever transposed.
+#include "fastnca.h"
+
+#include <cstring>
+
+namespace fastnca {
+namespace FASTNCA_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileCells = 6, kTileVectors = 4;    // 24 of 32 registers accumulate
+constexpr int kGradRows = 4, kGradVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileCells = 6, kTileVectors = 2;    // 12 of 16 registers
+constexpr int kGradRows = 4, kGradVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kTileCells = 6, kTileVectors = 4;
+constexpr int kGradRows = 4, kGradVectors = 4;
+#else
+constexpr int kLanes = 4;
+constexpr int kTileCells = 6, kTileVectors = 2;
+constexpr int kGradRows = 4, kGradVectors = 2;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef float Quad __attribute__((vector_size(16)));
+
+// As in memory: unaligned, and allowed to alias floats.
+typedef float VecMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IntVecMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float QuadMemory __attribute__((vector_size(16), aligned(4), may_alias));
+
+constexpr int kCellVectors = kChannels / kLanes;
+constexpr float kInfinity = __builtin_inff();
+
+#define FASTNCA_INLINE inline __attribute__((always_inline))
+
+FASTNCA_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecMemory*>(p); }
+FASTNCA_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecMemory*>(p) = v; }
+FASTNCA_INLINE Vec broadcast(float x) { return x - Vec{}; }
+FASTNCA_INLINE constexpr int min(int a, int b) { return a < b ? a : b; }
+FASTNCA_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTNCA_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// NaN passes through, as in PyTorch.
+FASTNCA_INLINE Vec relu(Vec x) { return 0.0f > x ? Vec{} : x; }
+FASTNCA_INLINE float clamp01(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Matrix products over a block of cells
+
+// A block's intermediates stay in the inner caches. A multiple of every tile height, so that a block of any number of
+// cells can be computed in whole tiles (the cells beyond the end are computed from leftovers and never used).
+constexpr int kBlock = 48;
+
+// Sixteen outputs fill few vectors: a tall tile then has enough independent sums.
+template <int kOut>
+struct TileShape {
+    static constexpr int vectors = min(kOut / kLanes, kTileVectors);
+    static constexpr int cells = vectors == kTileVectors ? kTileCells : kTileCells * kTileVectors / vectors;
+    static constexpr int columns = vectors * kLanes;
+    static_assert(kOut % columns == 0 && kBlock % cells == 0, "tiles must cover a block exactly");
+};
+
+// Weights for product(): panels of TileShape::columns outputs, [panel][in][column].
+template <int kIn, int kOut, class Weight>
+void pack_panels(float* packed, const Weight& weight) {
+    constexpr int columns = TileShape<kOut>::columns;
+    for (int panel = 0; panel < kOut; panel += columns)
+        for (int i = 0; i < kIn; i++)
+            for (int o = panel; o < panel + columns; o++) *packed++ = weight(i, o);
+}
+
+// emit(cell, output, sums) receives bias[o] + sum over i of in[cell][i] * weight(i, o), kLanes outputs at a time.
+template <int kIn, int kOut, class Emit>
+FASTNCA_INLINE void product(const float* in, const float* packed, const float* bias, int cells, const Emit& emit) {
+    using Shape = TileShape<kOut>;
+    for (int panel = 0; panel < kOut; panel += Shape::columns, packed += kIn * Shape::columns) {
+        for (int cell = 0; cell < cells; cell += Shape::cells) {
+            Vec sums[Shape::cells][Shape::vectors];
+#pragma GCC unroll 24
+            for (int c = 0; c < Shape::cells; c++)
+#pragma GCC unroll 4
+                for (int v = 0; v < Shape::vectors; v++)
+                    sums[c][v] = bias ? load(bias + panel + v * kLanes) : Vec{};
+            const float* x = in + cell * kIn;
+            const float* w = packed;
+#pragma GCC unroll 1
+            for (int i = 0; i < kIn; i++, x++, w += Shape::columns) {
+                Vec row[Shape::vectors];
+#pragma GCC unroll 4
+                for (int v = 0; v < Shape::vectors; v++) row[v] = load(w + v * kLanes);
+#pragma GCC unroll 24
+                for (int c = 0; c < Shape::cells; c++) {
+                    const Vec value = broadcast(x[c * kIn]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < Shape::vectors; v++) sums[c][v] += value * row[v];
+                }
+            }
+#pragma GCC unroll 24
+            for (int c = 0; c < Shape::cells; c++)
+#pragma GCC unroll 4
+                for (int v = 0; v < Shape::vectors; v++) emit(cell + c, panel + v * kLanes, sums[c][v]);
+        }
+    }
+}
+
+// gradient[i][o] += sum over cells of in[cell][i] * delta[cell][o]. The sum of a block is complete before it is added:
+// two levels of summation keep the rounding error of long rollouts low.
+template <int kIn, int kOut>
+void accumulate(const float* in, const float* delta, int cells, float* gradient) {
+    constexpr int vectors = min(kOut / kLanes, kGradVectors);
+    constexpr int rows = kGradRows * kGradVectors / vectors;
+    for (int o = 0; o < kOut; o += vectors * kLanes) {
+        for (int i = 0; i < kIn; i += rows) {
+            Vec sums[rows][vectors] = {};
+            const float* x = in + i;
+            const float* d = delta + o;
+#pragma GCC unroll 1
+            for (int cell = 0; cell < cells; cell++, x += kIn, d += kOut) {
+                Vec column[vectors];
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) column[v] = load(d + v * kLanes);
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; r++) {
+                    const Vec value = broadcast(x[r]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < vectors; v++) sums[r][v] += value * column[v];
+                }
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) {
+                    float* sum = gradient + (i + r) * kOut + o + v * kLanes;
+                    store(sum, load(sum) + sums[r][v]);
+                }
+        }
+    }
+}
+
+template <int kOut>
+void accumulate_bias(const float* delta, int cells, float* gradient) {
+    for (int o = 0; o < kOut; o += kLanes) {
+        Vec sum{};
+        for (int cell = 0; cell < cells; cell++) sum += load(delta + cell * kOut + o);
+        store(gradient + o, load(gradient + o) + sum);
+    }
+}
+
+struct Packed {
+    // Offsets into the packed weights; `back` multiplies by the transposed matrix.
+    static constexpr int w1 = 0;
+    static constexpr int w2 = w1 + kPerception * kHidden1;
+    static constexpr int w3 = w2 + kHidden1 * kHidden2;
+    static constexpr int w3_back = w3 + kHidden2 * kChannels;
+    static constexpr int w2_back = w3_back + kHidden2 * kChannels;
+    static constexpr int w1_back = w2_back + kHidden1 * kHidden2;
+    static constexpr int b1 = w1_back + kPerception * kHidden1;
+    static constexpr int b2 = b1 + kHidden1;
+    static constexpr int b3 = b2 + kHidden2;
+    static constexpr int size = b3 + kChannels;
+};
+
+void pack(const Weights& weights, float* packed) {
+    const float *w1 = weights.w1, *w2 = weights.w2, *w3 = weights.w3;
+    pack_panels<kPerception, kHidden1>(packed + Packed::w1, [=](int i, int o) { return w1[o * kPerception + i]; });
+    pack_panels<kHidden1, kHidden2>(packed + Packed::w2, [=](int i, int o) { return w2[o * kHidden1 + i]; });
+    pack_panels<kHidden2, kChannels>(packed + Packed::w3, [=](int i, int o) { return w3[o * kHidden2 + i]; });
+    pack_panels<kChannels, kHidden2>(packed + Packed::w3_back, [=](int o, int i) { return w3[o * kHidden2 + i]; });
+    pack_panels<kHidden2, kHidden1>(packed + Packed::w2_back, [=](int o, int i) { return w2[o * kHidden1 + i]; });
+    pack_panels<kHidden1, kPerception>(packed + Packed::w1_back,
+                                       [=](int o, int i) { return w1[o * kPerception + i]; });
+    std::memcpy(packed + Packed::b1, weights.b1, kHidden1 * sizeof(float));
+    std::memcpy(packed + Packed::b2, weights.b2, kHidden2 * sizeof(float));
+    std::memcpy(packed + Packed::b3, weights.b3, kChannels * sizeof(float));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Scratch memory of a thread
+
+struct Scratch {
+    // Row strides of the planes, in floats: alpha two cells and the others one cell larger than the tile on every
+    // side, and whole vectors may be read from any column.
+    int stride;
+    float* state;     // [height + 2][width + 2][16], zero outside the grid
+    float* gradient;  // the same form
+    float* delta;     // [cells][16]: gradient of u
+    float* alpha;     // [height + 4][stride]: clamped, -inf outside the grid
+    float* life;      // [height + 2][stride]: maximum of alpha over 3x3
+    int32_t* winner;  // [height + 2][stride]: where in the 3x3 window that maximum is first, 0...8
+    float* life_gradient;  // [height + 2][stride]
+    float* perception;     // [kBlock][64]
+    float* hidden1;        // [kBlock][128]
+    float* hidden2;        // [kBlock][64]
+    float* update;         // [kBlock][16]
+    size_t size;
+
+    Scratch(int height, int width, float* base) : size(0) {
+        stride = round_up(width + 2, kLanes) + kLanes;
+        const int extended = (height + 2) * (width + 2) * kChannels;
+        state = take(base, extended);
+        gradient = take(base, extended);
+        delta = take(base, (height * width + kBlock) * kChannels);
+        alpha = take(base, (height + 4) * stride);
+        life = take(base, (height + 2) * stride);
+        winner = reinterpret_cast<int32_t*>(take(base, (height + 2) * stride));
+        life_gradient = take(base, (height + 2) * stride);
+        perception = take(base, kBlock * kPerception);
+        hidden1 = take(base, kBlock * kHidden1);
+        hidden2 = take(base, kBlock * kHidden2);
+        update = take(base, kBlock * kChannels);
+    }
+
+private:
+    float* take(float* base, int floats) {
+        float* taken = base ? base + size : nullptr;
+        size += round_up(floats, 16);
+        return taken;
+    }
+};
+
+size_t scratch_floats(int height, int width) { return Scratch(height, width, nullptr).size; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Reading a state: clamp and life mask
+
+// Cells of the tile's sample start here.
+FASTNCA_INLINE const float* sample(const float* state, const Tile& tile) {
+    return state + tile.cells_before * kChannels;
+}
+
+void read_alpha(const float* state, const Tile& tile, const Scratch& scratch) {
+    const Grid& grid = *tile.grid;
+    const int64_t first = max(tile.x0 - 2, 0), last = min(tile.x0 + tile.width + 2, grid.width);
+    for (int r = 0; r < tile.height + 4; r++) {
+        float* row = scratch.alpha + r * scratch.stride;
+        for (int x = 0; x < scratch.stride; x++) row[x] = -kInfinity;
+        const int64_t y = tile.y0 + r - 2;
+        if (y < 0 || y >= grid.height) continue;
+        const float* cells = sample(state, tile) + y * grid.width * kChannels + kAlpha;
+        for (int64_t x = first; x < last; x++) row[x - tile.x0 + 2] = clamp01(cells[x * kChannels]);
+    }
+}
+
+// The life of each cell of the extended tile and, for the backward pass, the cell that it comes from: the first
+// maximum of the window in row-major order, where NaN beats everything before it.
+template <bool kWithWinner>
+void pool_alpha(const Tile& tile, const Scratch& scratch) {
+    for (int r = 0; r < tile.height + 2; r++) {
+        for (int x = 0; x < tile.width + 2; x += kLanes) {
+            const float* window = scratch.alpha + r * scratch.stride + x;
+            Vec best = load(window);
+            IntVec winner{};
+            for (int k = 1; k < 9; k++) {
+                const Vec value = load(window + k / 3 * scratch.stride + k % 3);
+                const IntVec wins = (value > best) | (value != value);
+                best = wins ? value : best;
+                if (kWithWinner) winner = wins ? IntVec{} + k : winner;
+            }
+            store(scratch.life + r * scratch.stride + x, best);
+            if (kWithWinner)
+                *reinterpret_cast<IntVecMemory*>(scratch.winner + r * scratch.stride + x) = winner;
+        }
+    }
+}
+
+// The state as the step sees it, extended by one cell on every side.
+void read_state(const float* state, bool masked, const Tile& tile, const Scratch& scratch) {
+    const Grid& grid = *tile.grid;
+    if (masked) {
+        read_alpha(state, tile, scratch);
+        pool_alpha<false>(tile, scratch);
+    }
+    const int row_floats = (tile.width + 2) * kChannels;
+    const int left = tile.x0 == 0, right = tile.x0 + tile.width == grid.width;
+    IntVec is_alpha{};
+    is_alpha[kAlpha] = -1;
+    for (int r = 0; r < tile.height + 2; r++) {
+        const int64_t y = tile.y0 + r - 1;
+        float* row = scratch.state + r * row_floats;
+        if (y < 0 || y >= grid.height) {
+            std::memset(row, 0, row_floats * sizeof(float));
+            continue;
+        }
+        if (left) std::memset(row, 0, kChannels * sizeof(float));
+        if (right) std::memset(row + row_floats - kChannels, 0, kChannels * sizeof(float));
+        const int first = left, last = tile.width + 2 - right;
+        const float* cells = sample(state, tile) + (y * grid.width + tile.x0 - 1) * kChannels;
+        if (!masked) {
+            std::memcpy(row + first * kChannels, cells + first * kChannels,
+                        size_t(last - first) * kChannels * sizeof(float));
+            continue;
+        }
+        const float* alpha = scratch.alpha + (r + 1) * scratch.stride + 1;
+        const float* life = scratch.life + r * scratch.stride;
+        for (int x = first; x < last; x++) {
+            const Vec mask = broadcast(life[x]);
+            for (int v = 0; v < kCellVectors; v++) {
+                Vec values = load(cells + x * kChannels + v * kLanes);
+                if (v == 0) values = is_alpha ? broadcast(alpha[x]) : values;
+                store(row + x * kChannels + v * kLanes, values * mask);
+            }
+        }
+    }
+}
+
+void write_planar(const float* cells, const Tile& tile, float* planar) {
+    const Grid& grid = *tile.grid;
+    const int row_floats = (tile.width + 2) * kChannels;
+    for (int r = 0; r < tile.height; r++)
+        for (int c = 0; c < kChannels; c++) {
+            float* out = planar + (c * grid.height + tile.y0 + r) * grid.width + tile.x0;
+            const float* in = cells + (r + 1) * row_floats + kChannels + c;
+            for (int x = 0; x < tile.width; x++) out[x] = in[x * kChannels];
+        }
+}
+
+void read(const float* state, bool masked, const Tile& tile, float* planar, float* memory) {
+    const Scratch scratch(tile.height, tile.width, memory);
+    read_state(state, masked, tile, scratch);
+    write_planar(scratch.state, tile, planar);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Stencils
+
+// A run: neighbouring cells of one row of the tile that lie in one block.
+template <class Body>
+FASTNCA_INLINE void for_runs(const Tile& tile, int begin, int cells, const Body& body) {
+    int y = begin / tile.width, x = begin % tile.width;
+    for (int done = 0; done < cells; y++, x = 0) {
+        const int length = min(tile.width - x, cells - done);
+        body(done, y, x, length);
+        done += length;
+    }
+}
+
+// state: the first cell of the run in the extended tile. All stencils are products of column and row filters, so that
+// the column filters (1 2 1) and (-1 0 1) serve all three, and three neighbouring cells.
+void perceive(const float* state, int row_floats, int length, float* out) {
+    for (int v = 0; v < kCellVectors; v++) {
+        const float* cell = state + v * kLanes;
+        const auto smooth = [=](const float* p) {
+            return load(p - row_floats) + 2.0f * load(p) + load(p + row_floats);
+        };
+        const auto slope = [=](const float* p) { return load(p + row_floats) - load(p - row_floats); };
+        Vec smooth0 = smooth(cell - kChannels), smooth1 = smooth(cell);
+        Vec slope0 = slope(cell - kChannels), slope1 = slope(cell);
+        float* p = out + v * kLanes;
+        for (int x = 0; x < length; x++, cell += kChannels, p += kPerception) {
+            const Vec smooth2 = smooth(cell + kChannels), slope2 = slope(cell + kChannels);
+            const Vec centre = load(cell);
+            store(p, centre);
+            store(p + kChannels, smooth2 - smooth0);
+            store(p + 2 * kChannels, slope0 + 2.0f * slope1 + slope2);
+            store(p + 3 * kChannels, smooth0 + 2.0f * smooth1 + smooth2 - 16.0f * centre);
+            smooth0 = smooth1, smooth1 = smooth2;
+            slope0 = slope1, slope1 = slope2;
+        }
+    }
+}
+
+// The transpose of perceive(): adds to the gradient of the run's cells and of all their neighbours. `direct` is what
+// reaches a cell past the update network.
+void perceive_back(const float* perception, const float* direct, int length, float* gradient, int row_floats) {
+    for (int v = 0; v < kCellVectors; v++) {
+        const float* p = perception + v * kLanes;
+        const float* d = direct + v * kLanes;
+        float* out = gradient + v * kLanes - kChannels;
+        // Of the cell before, at and after the column that is written.
+        Vec rise0{}, slope0{}, slope1{}, bump1{}, centre1{}, rise1{};
+        for (int x = -1; x <= length; x++, out += kChannels) {
+            Vec rise2{}, fall2{}, slope2{}, bump2{}, centre2{};
+            if (x + 1 < length) {
+                const Vec dx = load(p + kChannels);
+                bump2 = load(p + 3 * kChannels);
+                slope2 = load(p + 2 * kChannels);
+                centre2 = load(p) + load(d) - 16.0f * bump2;
+                rise2 = bump2 + dx;
+                fall2 = bump2 - dx;
+                p += kPerception;
+                d += kChannels;
+            }
+            const Vec even = rise0 + 2.0f * bump1 + fall2;
+            const Vec odd = slope0 + 2.0f * slope1 + slope2;
+            store(out - row_floats, load(out - row_floats) + even - odd);
+            store(out, load(out) + 2.0f * even + centre1);
+            store(out + row_floats, load(out + row_floats) + even + odd);
+            rise0 = rise1, rise1 = rise2;
+            slope0 = slope1, slope1 = slope2;
+            bump1 = bump2;
+            centre1 = centre2;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The update network over a block
+
+void hidden_layers(const float* packed, int cells, const Scratch& scratch) {
+    float* hidden1 = scratch.hidden1;
+    float* hidden2 = scratch.hidden2;
+    product<kPerception, kHidden1>(
+        scratch.perception, packed + Packed::w1, packed + Packed::b1, cells,
+        [=](int cell, int o, Vec sums) { store(hidden1 + cell * kHidden1 + o, relu(sums)); });
+    product<kHidden1, kHidden2>(
+        hidden1, packed + Packed::w2, packed + Packed::b2, cells,
+        [=](int cell, int o, Vec sums) { store(hidden2 + cell * kHidden2 + o, relu(sums)); });
+}
+
+void perceive_block(const Tile& tile, int begin, int cells, const Scratch& scratch) {
+    const int row_floats = (tile.width + 2) * kChannels;
+    for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
+        perceive(scratch.state + (y + 1) * row_floats + (x + 1) * kChannels, row_floats, length,
+                 scratch.perception + done * kPerception);
+    });
+}
+
+void step(const StepTask& task, const Tile& tile, float* memory) {
+    const Scratch scratch(tile.height, tile.width, memory);
+    const Grid& grid = *tile.grid;
+    const int row_floats = (tile.width + 2) * kChannels;
+    read_state(task.from, task.masked, tile, scratch);
+    const int total = tile.height * tile.width;
+    for (int begin = 0; begin < total; begin += kBlock) {
+        const int cells = min(kBlock, total - begin);
+        perceive_block(tile, begin, cells, scratch);
+        hidden_layers(task.packed, cells, scratch);
+        float* update = scratch.update;
+        product<kHidden2, kChannels>(
+            scratch.hidden2, task.packed + Packed::w3, task.packed + Packed::b3, cells,
+            [=](int cell, int o, Vec sums) { store(update + cell * kChannels + o, sums); });
+        for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
+            const float* state = scratch.state + (y + 1) * row_floats + (x + 1) * kChannels;
+            const float* change = update + done * kChannels;
+            float* to = task.to + (tile.cells_before + (tile.y0 + y) * grid.width + tile.x0 + x) * kChannels;
+            for (int i = 0; i < length * kChannels; i += kLanes) store(to + i, load(state + i) + load(change + i));
+        });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Backward
+
+// The gradient of the read state in the extended tile: the sum, in a fixed order, over all tiles whose cells reach
+// there. Cells outside the grid are left as they are.
+void gather_gradient(const float* gradient, const Tile* tiles, const Tile& tile, const Scratch& scratch) {
+    const Grid& grid = *tile.grid;
+    const int row_floats = (tile.width + 2) * kChannels;
+    const int64_t left = max(tile.x0 - 1, 0), right = min(tile.x0 + tile.width + 1, grid.width);
+    const int64_t first_across = max(left - 1, 0) / grid.tile_width;
+    const int64_t last_across = min(right, grid.width - 1) / grid.tile_width;
+    const int64_t top = max(tile.y0 - 1, 0), bottom = min(tile.y0 + tile.height + 1, grid.height);
+    for (int64_t y = top; y < bottom; y++) {
+        float* row = scratch.gradient + (y - tile.y0 + 1) * row_floats;
+        std::memset(row + (left - tile.x0 + 1) * kChannels, 0, size_t(right - left) * kChannels * sizeof(float));
+        const int64_t first_down = max(y - 1, 0) / grid.tile_height;
+        const int64_t last_down = min(y + 1, grid.height - 1) / grid.tile_height;
+        for (int64_t down = first_down; down <= last_down; down++)
+            for (int64_t across = first_across; across <= last_across; across++) {
+                const Tile& other = tiles[tile.tiles_before + down * grid.tiles_across + across];
+                const int64_t begin = max(left, other.x0 - 1), end = min(right, other.x0 + other.width + 1);
+                const float* from = gradient + (other.extended_before + (y - other.y0 + 1) * (other.width + 2) +
+                                                (begin - other.x0 + 1)) * kChannels;
+                float* to = row + (begin - tile.x0 + 1) * kChannels;
+                for (int64_t i = 0; i < (end - begin) * kChannels; i += kLanes)
+                    store(to + i, load(to + i) + load(from + i));
+            }
+    }
+}
+
+// From the gradient of the masked state s' = v * life to the gradient of v, and through the clamp's gate to that of u.
+void unmask_gradient(const float* state, const Tile& tile, const Scratch& scratch) {
+    const Grid& grid = *tile.grid;
+    const int stride = scratch.stride, row_floats = (tile.width + 2) * kChannels;
+    read_alpha(state, tile, scratch);
+    pool_alpha<true>(tile, scratch);
+
+    // What each cell's life receives: zero outside the grid, where there is no cell.
+    const int left = tile.x0 == 0, right = tile.width + 2 - (tile.x0 + tile.width == grid.width);
+    for (int r = 0; r < tile.height + 2; r++) {
+        float* out = scratch.life_gradient + r * stride;
+        std::memset(out, 0, stride * sizeof(float));
+        const int64_t y = tile.y0 + r - 1;
+        if (y < 0 || y >= grid.height) continue;
+        const float* cells = sample(state, tile) + (y * grid.width + tile.x0 - 1) * kChannels;
+        const float* gradient = scratch.gradient + r * row_floats;
+        const float* alpha = scratch.alpha + (r + 1) * stride + 1;
+        for (int x = left; x < right; x++) {
+            Quad values = *reinterpret_cast<const QuadMemory*>(cells + x * kChannels);
+            values[kAlpha] = alpha[x];
+            Quad sums = values * *reinterpret_cast<const QuadMemory*>(gradient + x * kChannels);
+            for (int c = 4; c < kChannels; c += 4)
+                sums += *reinterpret_cast<const QuadMemory*>(cells + x * kChannels + c) *
+                        *reinterpret_cast<const QuadMemory*>(gradient + x * kChannels + c);
+            out[x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        }
+    }
+
+    for (int r = 0; r < tile.height; r++) {
+        const float* cells = sample(state, tile) + ((tile.y0 + r) * grid.width + tile.x0) * kChannels;
+        const float* gradient = scratch.gradient + (r + 1) * row_floats + kChannels;
+        const float* life = scratch.life + (r + 1) * stride + 1;
+        float* delta = scratch.delta + r * tile.width * kChannels;
+        for (int x = 0; x < tile.width; x++) {
+            const Vec mask = broadcast(life[x]);
+            for (int v = 0; v < kCellVectors; v++)
+                store(delta + x * kChannels + v * kLanes, load(gradient + x * kChannels + v * kLanes) * mask);
+        }
+        for (int x = 0; x < tile.width; x += kLanes) {
+            // From the windows that this cell wins, in their row-major order.
+            Vec won{};
+            for (int k = 8; k >= 0; k--) {
+                const int window = (r + 2 - k / 3) * stride + x + 2 - k % 3;
+                const IntVec winner = *reinterpret_cast<const IntVecMemory*>(scratch.winner + window);
+                won += winner == IntVec{} + k ? load(scratch.life_gradient + window) : Vec{};
+            }
+            const int count = min(kLanes, tile.width - x);
+            for (int i = 0; i < count; i++) {
+                const float u = cells[(x + i) * kChannels + kAlpha];
+                float& alpha = delta[(x + i) * kChannels + kAlpha];
+                alpha = u >= 0.0f && u <= 1.0f ? alpha + won[i] : 0.0f;
+            }
+        }
+    }
+}
+
+void copy_gradient(const Tile& tile, const Scratch& scratch) {
+    const int row_floats = (tile.width + 2) * kChannels;
+    for (int r = 0; r < tile.height; r++)
+        std::memcpy(scratch.delta + r * tile.width * kChannels, scratch.gradient + (r + 1) * row_floats + kChannels,
+                    tile.width * kChannels * sizeof(float));
+}
+
+void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradients, float* memory) {
+    const Scratch scratch(tile.height, tile.width, memory);
+    const int row_floats = (tile.width + 2) * kChannels;
+    gather_gradient(task.gradient_to, task.tiles, tile, scratch);
+    if (task.life_mask)
+        unmask_gradient(task.to, tile, scratch);
+    else
+        copy_gradient(tile, scratch);
+    read_state(task.from, task.masked, tile, scratch);
+    float* out = task.gradient_from + tile.extended_before * kChannels;
+    std::memset(out, 0, extended_cells(tile) * kChannels * sizeof(float));
+
+    float* perception = scratch.perception;
+    float* hidden1 = scratch.hidden1;
+    float* hidden2 = scratch.hidden2;
+    const int total = tile.height * tile.width;
+    for (int begin = 0; begin < total; begin += kBlock) {
+        const int cells = min(kBlock, total - begin);
+        const float* delta = scratch.delta + begin * kChannels;
+        perceive_block(tile, begin, cells, scratch);
+        hidden_layers(task.packed, cells, scratch);
+
+        // Each layer's gradient takes the place of its output once that has been used; relu passes the gradient
+        // where its output is not zero.
+        accumulate<kHidden2, kChannels>(hidden2, delta, cells, gradients.w3);
+        accumulate_bias<kChannels>(delta, cells, gradients.b3);
+        product<kChannels, kHidden2>(delta, task.packed + Packed::w3_back, nullptr, cells,
+                                     [=](int cell, int i, Vec sums) {
+                                         float* h = hidden2 + cell * kHidden2 + i;
+                                         store(h, load(h) <= 0.0f ? Vec{} : sums);
+                                     });
+        accumulate<kHidden1, kHidden2>(hidden1, hidden2, cells, gradients.w2);
+        accumulate_bias<kHidden2>(hidden2, cells, gradients.b2);
+        product<kHidden2, kHidden1>(hidden2, task.packed + Packed::w2_back, nullptr, cells,
+                                    [=](int cell, int i, Vec sums) {
+                                        float* h = hidden1 + cell * kHidden1 + i;
+                                        store(h, load(h) <= 0.0f ? Vec{} : sums);
+                                    });
+        accumulate<kPerception, kHidden1>(perception, hidden1, cells, gradients.w1);
+        accumulate_bias<kHidden1>(hidden1, cells, gradients.b1);
+        product<kHidden1, kPerception>(
+            hidden1, task.packed + Packed::w1_back, nullptr, cells,
+            [=](int cell, int i, Vec sums) { store(perception + cell * kPerception + i, sums); });
+
+        for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
+            perceive_back(perception + done * kPerception, delta + done * kChannels, length,
+                          out + (y + 1) * row_floats + (x + 1) * kChannels, row_floats);
+        });
+    }
+}
+
+void read_gradient(const float* gradient, const Tile* tiles, const Tile& tile, float* planar, float* memory) {
+    const Scratch scratch(tile.height, tile.width, memory);
+    gather_gradient(gradient, tiles, tile, scratch);
+    write_planar(scratch.gradient, tile, planar);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+
+double multiply_adds(int64_t rounds) {
+    constexpr int kSums = 12;  // more than latency x throughput of any processor's units
+    Vec sums[kSums];
+    for (int i = 0; i < kSums; i++) sums[i] = broadcast(float(i));
+    Vec factor = broadcast(0.5f);
+    for (int64_t round = 0; round < rounds; round++) {
+        __asm__ volatile("" : : "m"(factor));
+#pragma GCC unroll 12
+        for (int i = 0; i < kSums; i++) sums[i] = sums[i] * factor + factor;
+    }
+    for (int i = 0; i < kSums; i++) __asm__ volatile("" : : "m"(sums[i]));
+    return 2.0 * kLanes * kSums * double(rounds);
+}
+
+#define FASTNCA_STRING(x) #x
+#define FASTNCA_NAME(x) FASTNCA_STRING(x)
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {FASTNCA_NAME(FASTNCA_ISA), Packed::size, pack, scratch_floats, step, read, backward,
+                         read_gradient, multiply_adds};
+
+}  // namespace FASTNCA_ISA
+}  // namespace fastnca
