@@ -7,7 +7,6 @@ padding and no centring, so that n samples give exactly n / 256 frames.
 import math
 import numbers
 import os
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,6 +66,9 @@ class SpectrogramConfig:
         return (self.n_fft - self.hop_length) // 2
 
 
+DEFAULT_CONFIG = SpectrogramConfig()
+
+
 @dataclass(frozen=True, eq=False)
 class DualSpectrogram:
     """Both spectrograms of one sound, in dB below their own maximum.
@@ -105,7 +107,7 @@ class AudioInfo:
         channels = {1: "mono", 2: "stereo"}.get(self.channels, f"{self.channels} channels")
         text = f"{self.name}: {self.duration:.1f} s at {self.sample_rate} Hz {channels}"
         if self.duration - self.used > 0.05:
-            text += f"; using the first {self.used:.3g} s"
+            text += f"; using the first {self.used:.1f} s"
         if self.gain != 1.0:
             text += f"; peak {1 / self.gain:.3g} exceeds full scale, scaled to 1"
         return text
@@ -126,27 +128,41 @@ def as_samples(samples, name="samples", minimum=N_FFT):
 
 
 def _decode_file(path, seconds):
-    """-> ([n, channels] float32, sample rate, seconds in the file), decoding no more than ``seconds``."""
+    """-> ([n, channels] float32, sample rate, seconds in the file), decoding little more than ``seconds``."""
     import soundfile
 
     try:
         with soundfile.SoundFile(path) as file:
             count = file.frames if seconds is None else min(file.frames, math.ceil(seconds * file.samplerate))
             return file.read(count, dtype="float32", always_2d=True), file.samplerate, file.frames / file.samplerate
-    except (RuntimeError, TypeError):  # TypeError: headerless .raw
-        pass
-    import librosa  # older versions decode more formats (AAC, ...) through audioread, and warn that they will stop
+    except (RuntimeError, TypeError) as error:  # TypeError: headerless .raw
+        decoded = _decode_with_audioread(path, seconds)
+        if decoded is None:
+            raise ValueError(
+                f"{path} is not audio that soundfile or librosa can read; use a WAV, FLAC, OGG or MP3 file"
+            ) from error
+        return decoded
 
+
+def _decode_with_audioread(path, seconds):
+    """What librosa < 1.0 falls back on for AAC and the like; asked directly, as librosa's loader compiles for 20 s."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data, rate = librosa.load(path, sr=None, mono=False, duration=seconds)
-            total = librosa.get_duration(path=path)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not audio that soundfile or librosa can read; use a WAV, FLAC, OGG or MP3 file"
-        ) from error
-    return np.atleast_2d(data).T, int(rate), float(total)
+        import audioread
+    except ImportError:
+        return None
+    try:
+        with audioread.audio_open(path) as file:
+            rate, channels, total = file.samplerate, file.channels, file.duration
+            missing = math.inf if seconds is None else math.ceil(seconds * rate) * channels * 2  # bytes of 16-bit PCM
+            data = bytearray()
+            for block in file:
+                data += block
+                if len(data) >= missing:
+                    break
+    except (EOFError, audioread.DecodeError):
+        return None
+    samples = np.frombuffer(data, dtype="<i2").reshape(-1, channels).astype(np.float32) / 32768
+    return samples, rate, max(total or 0.0, len(samples) / rate)
 
 
 def load_audio(path, duration=None):
@@ -158,8 +174,8 @@ def load_audio(path, duration=None):
         Only the part that is needed is decoded.
 
     Returns (float32 array [n], AudioInfo). A peak above 1 (possible in float files) is scaled to 1: ``AudioInfo.gain``.
-    Raises FileNotFoundError, IsADirectoryError or PermissionError for an unreadable path, ValueError for what is not audio,
-    has no samples, is silent, is not finite or is shorter than one window (1024 samples at 22.05 kHz).
+    Raises FileNotFoundError, IsADirectoryError or PermissionError for an unreadable path, ValueError for what is not
+    audio, has no samples, is silent, is not finite or is shorter than one window (1024 samples at 22.05 kHz).
     """
     path = os.fspath(path)
     wanted = None
@@ -185,9 +201,9 @@ def load_audio(path, duration=None):
         raise ValueError(f"{path} holds NaN or infinite samples; export it again")
     samples = data.mean(axis=1)
     if rate != SAMPLE_RATE:
-        import librosa
+        import soxr  # librosa.resample calls it too, after compiling for 20 s
 
-        samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)
+        samples = soxr.resample(samples, rate, SAMPLE_RATE)
     if len(samples) < N_FFT:
         raise ValueError(
             f"{path} is too short: {len(samples)} samples at {SAMPLE_RATE} Hz, expected at least one window of {N_FFT} "
@@ -198,10 +214,8 @@ def load_audio(path, duration=None):
     count = math.ceil(used / BLOCK) * BLOCK
     samples = samples[:count]
     if np.ptp(samples) < SILENCE:
-        what = (
-            "is silent" if used / SAMPLE_RATE > total - 0.05 else f"is silent in its first {used / SAMPLE_RATE:.3g} s"
-        )
-        raise ValueError(f"{path} {what} (mixed to mono); use a recording with sound in it")
+        where = "" if used / SAMPLE_RATE > total - 0.05 else f" in its first {used / SAMPLE_RATE:.1f} s"
+        raise ValueError(f"{path} is silent{where} (mixed to mono); use a recording with sound in it")
     peak = float(np.abs(samples).max())
     gain = 1 / peak if peak > 1 else 1.0
     samples = np.pad(samples * np.float32(gain), (0, count - len(samples)))
@@ -263,7 +277,7 @@ def _to_grid(magnitude):
     return (level - reference).clamp(-DB_RANGE, 0.0), reference
 
 
-def analyze(samples, config=SpectrogramConfig()):
+def analyze(samples, config=DEFAULT_CONFIG):
     """Sound -> DualSpectrogram with samples / 256 frames.
 
     samples: array or tensor [n], at least 1024 and a multiple of the hop, not silent.
@@ -301,8 +315,7 @@ def mel_to_log(mel_db, mel_ref_db):
     return ((torch.as_tensor(mel_db, dtype=torch.float32) + mel_ref_db) * nats_per_db).clamp(min=math.log(MEL_FLOOR))
 
 
-# Hz, quality factor and gain of a violin body's air, corpus and bridge-hill resonances, rounded from Fletcher and
-# Rossing, The Physics of Musical Instruments, ch. 10.
+# Hz, quality factor, gain: typical of a violin's air mode, its two main corpus modes, two plate modes, the bridge hill.
 BODY_RESONANCES = ((280, 12, 1.2), (460, 14, 1.6), (550, 14, 1.8), (820, 8, 0.9), (1250, 6, 0.8), (2500, 1.8, 1.6))
 
 

@@ -42,7 +42,7 @@ def compare(reference, generated):
     - ``multi_resolution_stft``: ``auraloss.freq.MultiResolutionSTFTLoss`` with its defaults (Yamamoto et al. 2019)
     - ``rms_target``, ``rms_generated``: over the common samples; ``loudness_error_db``: their ratio, generated / target
 
-    Every value is a finite float, so the result is valid JSON: dB values stop at -200 (identical sounds, silent output).
+    Every value is a finite float, so the result is valid JSON: dB values stop at -200 (identical sounds, no output).
     Raises TypeError or ValueError for sounds of the wrong form, and for a silent reference.
     """
     from auraloss.freq import MultiResolutionSTFTLoss, SpectralConvergenceLoss

@@ -1,8 +1,8 @@
 """From a pair of grids to sound.
 
 Magnitudes come from both grids: the linear one, corrected so that its mel projection equals the mel one
-(``merge_magnitudes``). Phase comes from Griffin-Lim alone (``griffinlim``, needs no weights), or from BigVGAN's waveform
-with a few Griffin-Lim iterations to join the two (``bigvgan``).
+(``merge_magnitudes``). Phase comes from Griffin-Lim alone (``griffinlim``, needs no weights), or from BigVGAN's
+waveform with a few Griffin-Lim iterations to join the two (``bigvgan``).
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import torch
 
 from .audio import (
     DB_RANGE,
+    DEFAULT_CONFIG,
     HOP_LENGTH,
     N_FFT,
     N_MELS,
@@ -36,10 +37,10 @@ from .audio import (
 DEFAULT_BIGVGAN = "nvidia/bigvgan_v2_22khz_80band_256x"
 VOCODERS = ("auto", "bigvgan", "griffinlim")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "bigvgan_generator.pt"
-JOIN_ITERATIONS = 16  # enough to reconcile BigVGAN's phase with the magnitudes, too few to wander from it
+JOIN_ITERATIONS = 32  # from a plausible phase the first few do most of the work
 
 
-def griffin_lim(magnitude, n_iter=200, momentum=0.99, phase=None, seed=0, config=SpectrogramConfig()):
+def griffin_lim(magnitude, n_iter=200, momentum=0.99, phase=None, seed=0, config=DEFAULT_CONFIG):
     """Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013) in the framing of ``audio.analyze``.
 
     magnitude: [513, T], T >= 2, not in dB. phase: [513, T] in radians to start from; without it, random phases
@@ -69,9 +70,9 @@ def griffin_lim(magnitude, n_iter=200, momentum=0.99, phase=None, seed=0, config
 def merge_magnitudes(dual, n_iter=30):
     """Linear magnitudes [513, T] of a DualSpectrogram, corrected so that their mel projection equals its mel grid.
 
-    Multiplicative updates for the Kullback-Leibler divergence (Lee and Seung 2001), on the levels in dB. A cell at -80 dB
-    stands for anything from there down to 0, so only what contradicts the other grid is changed: the target's own
-    grids come out as they went in. Bins outside every mel band stay as they are.
+    Multiplicative updates for the Kullback-Leibler divergence (Lee and Seung 2001), on the levels in dB. A cell at
+    -80 dB stands for anything from there down to 0, so only what contradicts the other grid is changed: the target's
+    own grids come out as they went in. Bins outside every mel band stay as they are.
     """
     basis = mel_basis(dual.config)
     coverage = basis.sum(dim=0)[:, None]
@@ -131,7 +132,8 @@ def find_bigvgan(name_or_dir):
         for path in paths:
             if not os.path.isfile(path):
                 raise FileNotFoundError(
-                    f"no {os.path.basename(path)} in {name_or_dir}; a BigVGAN folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+                    f"no {os.path.basename(path)} in {name_or_dir}; "
+                    f"a BigVGAN folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
                 )
         return paths
     if not _is_hub_name(name_or_dir):
@@ -169,12 +171,12 @@ def _import_bigvgan():
 def load_bigvgan(name_or_dir=DEFAULT_BIGVGAN, download=False):
     """A BigVGAN generator for inference, on the CPU; ``model.h`` is its configuration.
 
-    name_or_dir: local folder with ``config.json`` and ``bigvgan_generator.pt``, or a hub name. The hub is asked only with
-    ``download=True`` and only for what is not in its cache. (``BigVGAN.from_pretrained`` of bigvgan 2.4.1 breaks
+    name_or_dir: local folder with ``config.json`` and ``bigvgan_generator.pt``, or a hub name. The hub is asked only
+    with ``download=True`` and only for what is not in its cache. (``BigVGAN.from_pretrained`` of bigvgan 2.4.1 breaks
     with huggingface_hub >= 1.0.)
 
-    Raises FileNotFoundError if the files are not there, OSError if a download fails, ValueError if bands, rate or framing
-    do not fit or a file is damaged.
+    Raises FileNotFoundError if the files are not there, OSError if a download fails, ValueError if bands, rate or
+    framing do not fit or a file is damaged.
     """
     paths = find_bigvgan(name_or_dir)
     if paths is None and download:
@@ -254,9 +256,9 @@ def resolve_vocoder(choice="auto", bigvgan=None):
         raise ValueError(f"vocoder must be one of {', '.join(VOCODERS)}, got {choice!r}")
     name = bigvgan or DEFAULT_BIGVGAN
     if choice == "griffinlim":
-        return Vocoder("griffinlim", SpectrogramConfig())
+        return Vocoder("griffinlim", DEFAULT_CONFIG)
     if choice == "auto" and find_bigvgan(name) is None:
         hint = f"BigVGAN is not in the local cache, so Griffin-Lim decodes; --vocoder bigvgan downloads it ({name})"
-        return Vocoder("griffinlim", SpectrogramConfig(), hint=hint)
+        return Vocoder("griffinlim", DEFAULT_CONFIG, hint=hint)
     model = load_bigvgan(name, download=choice == "bigvgan")
     return Vocoder("bigvgan", spectrogram_config(model.h), model)

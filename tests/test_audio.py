@@ -1,0 +1,318 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastnca import audio
+from fastnca.audio import SAMPLE_RATE, SpectrogramConfig, analyze, load_audio, synthesize_bowed_string, write_wav
+
+
+def sine(seconds, rate=SAMPLE_RATE, frequency=440.0, level=0.5):
+    return level * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
+
+
+@pytest.fixture(scope="module")
+def note():
+    return synthesize_bowed_string(1.0)
+
+
+def test_import_is_cheap():
+    heavy = "librosa bigvgan matplotlib soundfile scipy auraloss huggingface_hub triton"
+    code = (
+        "import sys, fastnca.audio, fastnca.vocoder, fastnca.metrics; "
+        f"print([m for m in '{heavy}'.split() if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "tolerance"),
+    [
+        ("a.wav", 22050, 1, 1e-4),
+        ("a.wav", 48000, 2, 1e-3),
+        ("a.flac", 44100, 6, 1e-3),
+        ("a.ogg", 22050, 1, 0.03),
+        ("a.mp3", 44100, 2, 0.03),
+        ("a.aiff", 8000, 1, 1e-3),
+    ],
+)
+def test_any_format_rate_and_channel_count_becomes_mono_22050(tmp_path, name, rate, channels, tolerance):
+    gains = np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1)  # mean 1
+    soundfile.write(tmp_path / name, sine(1.2, rate)[:, None] * gains, rate)
+    samples, info = load_audio(tmp_path / name, 1.0)
+    assert samples.dtype == np.float32
+    assert samples.shape == (11 * 2048,)
+    assert (info.sample_rate, info.channels, info.gain) == (rate, channels, 1.0)
+    difference = (samples - sine(1.2)[: len(samples)])[1000:-1000]
+    assert np.abs(difference).max() < tolerance
+
+
+def test_info_line(tmp_path):
+    soundfile.write(tmp_path / "violin.wav", np.stack([sine(5.2, 48000)] * 2, axis=1), 48000)
+    assert str(load_audio(tmp_path / "violin.wav", 3)[1]) == (
+        "violin.wav: 5.2 s at 48000 Hz stereo; using the first 3.0 s"
+    )
+    assert str(load_audio(tmp_path / "violin.wav")[1]) == "violin.wav: 5.2 s at 48000 Hz stereo"
+
+
+def test_frames_are_filled_with_the_files_own_samples_then_zeros(tmp_path):
+    sound = sine(1.01)
+    soundfile.write(tmp_path / "a.wav", sound, SAMPLE_RATE, subtype="FLOAT")
+    for duration, blocks in ((0.5, 6), (1.0, 11), (3.0, 11), (None, 11)):
+        samples, info = load_audio(tmp_path / "a.wav", duration)
+        assert len(samples) == blocks * 2048
+        assert info.used == pytest.approx(min(duration or 9, 1.01), abs=1e-4)
+        own = min(len(samples), len(sound))
+        np.testing.assert_array_equal(samples[:own], sound[:own].astype(np.float32))
+        assert not samples[own:].any()
+
+
+def test_long_file_is_not_decoded_whole(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", sine(60), SAMPLE_RATE)
+    asked = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda self, frames=-1, **kw: asked.append(frames) or read(self, frames, **kw)
+    )
+    load_audio(tmp_path / "long.wav", 1.0)
+    assert len(asked) == 1
+    assert 0 < asked[0] < 1.3 * SAMPLE_RATE
+
+
+def test_format_that_only_audioread_knows(tmp_path, monkeypatch):
+    pytest.importorskip("audioread")
+    soundfile.write(tmp_path / "a.wav", np.stack([sine(3, 48000)] * 2, axis=1), 48000)
+    wanted, wanted_info = load_audio(tmp_path / "a.wav", 1.0)
+
+    def unknown_format(path):
+        raise soundfile.LibsndfileError(1)
+
+    monkeypatch.setattr(soundfile, "SoundFile", unknown_format)
+    samples, info = load_audio(tmp_path / "a.wav", 1.0)
+    assert info == wanted_info
+    np.testing.assert_allclose(samples, wanted, atol=2e-4)
+
+
+def test_peak_above_full_scale_is_scaled_and_said(tmp_path):
+    soundfile.write(tmp_path / "hot.wav", sine(0.5, level=2.5), SAMPLE_RATE, subtype="FLOAT")
+    samples, info = load_audio(tmp_path / "hot.wav")
+    assert np.abs(samples).max() == pytest.approx(1.0)
+    assert info.gain == pytest.approx(0.4, rel=1e-3)
+    assert "scaled to 1" in str(info)
+
+
+def bad_wav(samples):
+    return lambda path: soundfile.write(path, np.asarray(samples, dtype=np.float32), SAMPLE_RATE, subtype="FLOAT")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda path: None, FileNotFoundError, "no such file"),
+        (os.mkdir, IsADirectoryError, "is a folder"),
+        (lambda path: path.write_text("not a sound" * 500), ValueError, "is not audio"),
+        (lambda path: path.write_bytes(b""), ValueError, "is not audio"),
+        (bad_wav([]), ValueError, "holds no samples"),
+        (bad_wav(np.zeros(30000)), ValueError, "is silent"),
+        (bad_wav(np.full(30000, 0.3)), ValueError, "is silent"),
+        (bad_wav(np.r_[sine(1.0), np.nan, sine(1.0)]), ValueError, "NaN or infinite"),
+        (bad_wav(np.r_[sine(1.0), -np.inf, sine(1.0)]), ValueError, "NaN or infinite"),
+        (bad_wav(sine(1.0)[:1023]), ValueError, "too short: 1023 samples"),
+    ],
+    ids=["missing", "folder", "text", "empty", "no-samples", "silence", "constant", "nan", "infinite", "short"],
+)
+def test_bad_file(tmp_path, make, error, words):
+    path = tmp_path / "sound.wav"
+    make(path)
+    with pytest.raises(error, match=words) as caught:
+        load_audio(path, 3.0)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_silent_start_of_a_longer_file(tmp_path):
+    bad_wav(np.r_[np.zeros(3 * SAMPLE_RATE), sine(1.0)])(tmp_path / "late.wav")
+    with pytest.raises(ValueError, match=r"is silent in its first 1\.0 s"):
+        load_audio(tmp_path / "late.wav", 1.0)
+
+
+@pytest.mark.parametrize("duration", [0, -1.0, float("nan"), float("inf"), "3", True])
+def test_bad_duration(tmp_path, duration):
+    bad_wav(sine(1.0))(tmp_path / "a.wav")
+    with pytest.raises((ValueError, TypeError), match="duration must be"):
+        load_audio(tmp_path / "a.wav", duration)
+
+
+# ---- writing
+
+
+def test_write_wav_round_trip(tmp_path, note):
+    assert write_wav(tmp_path / "a.wav", note) == 1.0
+    read, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == SAMPLE_RATE
+    np.testing.assert_allclose(read, note, atol=2**-23)
+    assert os.listdir(tmp_path) == ["a.wav"]
+
+
+def test_write_wav_scales_instead_of_clipping(tmp_path):
+    assert write_wav(tmp_path / "a.wav", sine(0.5, level=4.0)) == pytest.approx(0.25, rel=1e-3)
+    read = soundfile.read(tmp_path / "a.wav")[0]
+    np.testing.assert_allclose(read, sine(0.5, level=1.0), atol=1e-3)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, note, monkeypatch):
+    write_wav(tmp_path / "a.wav", note)
+    before = (tmp_path / "a.wav").read_bytes()
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_wav(tmp_path / "a.wav", note[:4096])
+    assert (tmp_path / "a.wav").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.wav"]
+
+
+# ---- spectrograms
+
+
+@pytest.mark.parametrize("fmax", [8000, None])
+def test_mel_grid_inverts_to_bigvgans_input(note, fmax):
+    from bigvgan.env import AttrDict
+    from bigvgan.meldataset import get_mel_spectrogram
+
+    h = AttrDict(n_fft=1024, num_mels=80, sampling_rate=22050, hop_size=256, win_size=1024, fmin=0, fmax=fmax)
+    wanted = get_mel_spectrogram(torch.from_numpy(note)[None], h)[0]
+    dual = analyze(note, SpectrogramConfig(fmax=fmax or 11025))
+    ours = audio.mel_to_log(dual.mel_db, dual.mel_ref_db)
+    exact = dual.mel_db > -audio.DB_RANGE
+    assert exact.float().mean() > 0.8
+    assert (ours - wanted)[exact].abs().max() < 1e-3
+    assert (ours >= wanted - 1e-3).all()
+
+
+def test_linear_grid_is_the_stft_of_the_padded_sound(note):
+    dual = analyze(note)
+    padded = np.pad(note.astype(np.float64), 384, mode="reflect")
+    window = np.sin(np.pi * np.arange(1024) / 1024) ** 2
+    for frame in (0, 1, 40, 87):
+        wanted = np.abs(np.fft.rfft(padded[256 * frame : 256 * frame + 1024] * window))
+        ours = audio.from_db(dual.linear_db[:, frame], dual.linear_ref_db).numpy()
+        floor = 10 ** ((dual.linear_ref_db - 80) / 20)
+        np.testing.assert_allclose(ours, np.maximum(wanted, floor), rtol=2e-3)
+
+
+@pytest.mark.parametrize("frames", [4, 8, 88])
+def test_grids(note, frames):
+    dual = analyze(note[: 256 * frames])
+    assert dual.n_frames == frames
+    for grid, bins in ((dual.mel_db, 80), (dual.linear_db, 513)):
+        assert grid.shape == (bins, frames)
+        assert grid.dtype == torch.float32
+        assert grid.max() == 0
+        assert grid.min() >= -80
+
+
+def test_reference_level_keeps_the_loudness(note):
+    loud, soft = analyze(note), analyze(note * 0.1)
+    assert soft.linear_ref_db == pytest.approx(loud.linear_ref_db - 20, abs=1e-3)
+    assert soft.mel_ref_db == pytest.approx(loud.mel_ref_db - 20, abs=1e-3)
+    torch.testing.assert_close(soft.linear_db, loud.linear_db, atol=1e-2, rtol=0)
+
+
+def test_floor_decodes_to_silence():
+    level = torch.tensor([0.0, -79.0, -79.5, -80.0])
+    torch.testing.assert_close(
+        audio.to_magnitude(level, 20.0), torch.tensor([10.0, 10 ** (-59 / 20), 0.5 * 10 ** (-59.5 / 20), 0.0])
+    )
+
+
+@pytest.mark.parametrize("frames", [2, 3, 88])
+def test_istft_inverts_stft(note, frames):
+    samples = torch.from_numpy(note[: 256 * frames])
+    spectrum = audio.stft(samples, audio.DEFAULT_CONFIG)
+    assert spectrum.shape == (513, frames)
+    torch.testing.assert_close(audio.istft(spectrum, audio.DEFAULT_CONFIG), samples, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "words"),
+    [
+        (np.zeros(2048, np.float32), ValueError, "silent"),
+        (np.ones((2, 2048), np.float32), ValueError, r"shape \[n\], got \[2, 2048\]"),
+        (np.ones(2048, np.int16), TypeError, "floating point"),
+        (np.ones(512, np.float32), ValueError, "at least 1024 samples, got 512"),
+        (sine(1.0)[:2000], ValueError, "multiple of the hop, 256, got 2000"),
+        (np.full(2048, np.nan), ValueError, "finite"),
+    ],
+)
+def test_analyze_rejects(samples, error, words):
+    with pytest.raises(error, match=words):
+        analyze(samples)
+
+
+def test_config_survives_json():
+    config = SpectrogramConfig(fmax=8000.0)
+    assert SpectrogramConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("wrong", [{"hop_length": 0}, {"n_mels": 1.5}, {"fmax": 12000}, {"fmin": 9000, "fmax": 8000}])
+def test_config_rejects(wrong):
+    with pytest.raises(ValueError, match="must"):
+        SpectrogramConfig(**wrong)
+
+
+# ---- the demo's sound
+
+
+def test_bowed_string_is_deterministic(note):
+    assert note.dtype == np.float32
+    assert note.shape == (11 * 2048,)
+    assert np.abs(note).max() == pytest.approx(0.8)
+    np.testing.assert_array_equal(note, synthesize_bowed_string(1.0))
+    assert not np.array_equal(note, synthesize_bowed_string(1.0, seed=1))
+
+
+@pytest.mark.parametrize(("duration", "frequency"), [(0.05, 440), (2.0, 196), (1.0, 3000)])
+def test_bowed_string_spans_its_arguments(duration, frequency):
+    sound = synthesize_bowed_string(duration, frequency=frequency)
+    assert len(sound) % 2048 == 0
+    assert len(sound) >= duration * SAMPLE_RATE
+    assert np.isfinite(sound).all()
+    assert np.abs(sound).max() == pytest.approx(0.8)
+
+
+def test_bowed_string_has_harmonics_vibrato_and_an_envelope(note):
+    spectrum = np.abs(np.fft.rfft(note[4096:16384] * np.hanning(12288)))
+    hz = np.fft.rfftfreq(12288, 1 / SAMPLE_RATE)
+    for n in range(1, 9):
+        line = spectrum[np.abs(hz - 440 * n) < 12 * n].max()
+        gap = spectrum[np.abs(hz - 440 * (n + 0.5)) < 60].max()
+        assert line > 10 * gap
+
+    power = np.abs(audio.stft(torch.from_numpy(note), audio.DEFAULT_CONFIG).numpy()) ** 2
+    near = slice(210, 218)  # the tenth harmonic, 4400 Hz, and the 4 bins on both sides
+    near = slice(near.start - 10, near.stop - 10)
+    pitch = (power[near] * np.arange(near.start, near.stop)[:, None]).sum(0) / power[near].sum(0) * SAMPLE_RATE / 1024
+    assert 40 < np.ptp(pitch[30:75]) < 160  # +-22 cents are +-56 Hz here
+    assert np.ptp(pitch[30:75]) > 2 * np.ptp(pitch[6:13])
+
+    level = np.sqrt((note.reshape(-1, 1024) ** 2).mean(1))
+    assert level[0] < 0.5 * level[11]
+    assert level[-1] < 0.1 * level[11]
+
+
+@pytest.mark.parametrize("wrong", [{"duration": 0}, {"duration": float("nan")}, {"frequency": 10}])
+def test_bowed_string_rejects(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        synthesize_bowed_string(**wrong)
