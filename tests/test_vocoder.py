@@ -65,6 +65,15 @@ def save_bigvgan(folder, config, weight_norm=True):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As fast for sounds this short, and on a busy machine two threads wait for each other 200 times per sound."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_bigvgan(tmp_path_factory.mktemp("bigvgan"), CONFIG_V2)
