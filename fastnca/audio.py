@@ -73,7 +73,8 @@ DEFAULT_CONFIG = SpectrogramConfig()
 class DualSpectrogram:
     """Both spectrograms of one sound, in dB below their own maximum.
 
-    mel_db: float32 tensor [n_mels, T]; linear_db: float32 tensor [n_linear, T]; both within [-80, 0].
+    mel_db: float32 tensor [n_mels, T]; linear_db: float32 tensor [n_linear, T]; both within [-80, 0], on the CPU.
+    Arrays and tensors of any device are converted; another shape or a value that is not finite raises ValueError.
     mel_ref_db, linear_ref_db: the levels (dB, magnitude 1 = 0 dB) that were subtracted to put the maximum at 0 dB.
     """
 
@@ -82,6 +83,20 @@ class DualSpectrogram:
     mel_ref_db: float
     linear_ref_db: float
     config: SpectrogramConfig
+
+    def __post_init__(self):
+        for name, bins in (("mel_db", self.config.n_mels), ("linear_db", self.config.n_linear)):
+            grid = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float32)
+            if grid.ndim != 2 or grid.shape[0] != bins:
+                raise ValueError(f"{name} must have shape [{bins}, T], got {list(grid.shape)}")
+            if not torch.isfinite(grid).all():
+                raise ValueError(f"{name} must be finite, got NaN or infinite values")
+            object.__setattr__(self, name, grid)
+        if self.mel_db.shape[1] != self.linear_db.shape[1]:
+            raise ValueError(
+                "mel_db and linear_db must have the same number of frames, "
+                f"got {self.mel_db.shape[1]} and {self.linear_db.shape[1]}"
+            )
 
     @property
     def n_frames(self):
@@ -228,12 +243,17 @@ def write_wav(path, samples):
 
     24-bit PCM: plays everywhere, and a quiet sound keeps the 80 dB of the grids below its own peak (16 bits do not).
     Nothing is clipped: samples beyond full scale are scaled down as a whole. Returns the factor applied, 1.0 if none.
+    Raises OSError where the file cannot be written.
     """
     import soundfile
 
     samples = as_samples(samples, minimum=0)
     peak = float(np.abs(samples).max(initial=0.0))
     gain = 1 / peak if peak > 1 else 1.0
+    path = os.fspath(path)
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        raise FileNotFoundError(f"no such folder: {folder}; create it before writing {path}")
     with atomic_write(path) as file:
         soundfile.write(file, samples * np.float32(gain), SAMPLE_RATE, format="WAV", subtype="PCM_24")
     return gain

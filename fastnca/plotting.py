@@ -36,6 +36,6 @@ def save_picture(path, rows, config):
                 ax=axis,
             )
             axis.set(title=f"{title}: {name}", xlabel="time (s)", ylabel="frequency (Hz)")
-            figure.colorbar(image, ax=axis, format="%+.0f dB")
+            figure.colorbar(image, ax=axis, format="%.0f dB")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)

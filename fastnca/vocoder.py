@@ -13,7 +13,6 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 
@@ -161,6 +160,8 @@ def _download(name):
 
 def _import_bigvgan():
     """bigvgan's generator module, without its ``matplotlib.use("Agg")`` changing the user's backend."""
+    from unittest import mock
+
     import matplotlib
 
     with mock.patch.object(matplotlib, "use"):
@@ -258,7 +259,7 @@ def resolve_vocoder(choice="auto", bigvgan=None):
     if choice == "griffinlim":
         return Vocoder("griffinlim", DEFAULT_CONFIG)
     if choice == "auto" and find_bigvgan(name) is None:
-        hint = f"BigVGAN is not in the local cache, so Griffin-Lim decodes; --vocoder bigvgan downloads it ({name})"
+        hint = f"{name} is not in the local cache, so Griffin-Lim decodes the sound; --vocoder bigvgan downloads it"
         return Vocoder("griffinlim", DEFAULT_CONFIG, hint=hint)
     model = load_bigvgan(name, download=choice == "bigvgan")
     return Vocoder("bigvgan", spectrogram_config(model.h), model)

@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+import torch
+
+from fastnca import audio
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A test that reached for the hub would hang or pass for the wrong reason."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def note(tmp_path):
+    """A short wav file of a decaying tone with two partials: 8 frames."""
+    t = np.arange(2048) / audio.SAMPLE_RATE
+    samples = (0.5 * np.sin(2 * np.pi * 441 * t) + 0.2 * np.sin(2 * np.pi * 882 * t)) * np.exp(-5 * t)
+    path = tmp_path / "note.wav"
+    audio.write_wav(path, samples)
+    return path
+
+
+@pytest.fixture
+def target():
+    """A dual spectrogram of random levels, [80, 8] and [513, 8]."""
+    generator = torch.Generator().manual_seed(0)
+    mel, linear = (-80 * torch.rand(bands, 8, generator=generator) for bands in (80, 513))
+    return mel, linear

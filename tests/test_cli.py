@@ -1,0 +1,330 @@
+"""Whole runs by the command line: their files, bad input, ending early and going on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from typer.testing import CliRunner
+
+import fastnca
+from fastnca import audio
+from fastnca.cli import app
+from fastnca.model import read_safetensors
+from fastnca.training import Trainer
+
+
+def fastnca_cli(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def grow(note, out, *options):
+    return fastnca_cli("grow", note, "-o", out, "--vocoder", "griffinlim", *options)
+
+
+def read_losses(out):
+    with open(out / "losses.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one, other):
+    for name in ("model.safetensors", "generated.wav"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert read_losses(one) == read_losses(other)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of three epochs, made once: (the note, the run's folder)."""
+    folder = tmp_path_factory.mktemp("finished")
+    t = np.arange(2048) / audio.SAMPLE_RATE
+    audio.write_wav(folder / "note.wav", 0.5 * np.sin(2 * np.pi * 441 * t))
+    result = grow(folder / "note.wav", folder / "run", "--epochs", 3)
+    assert result.exit_code == 0, result.stderr
+    return folder / "note.wav", folder / "run"
+
+
+class TestGrow:
+    def test_leaves_all_files(self, finished):
+        run = finished[1]
+        assert {path.name for path in run.iterdir()} == {
+            "model.safetensors", "checkpoint.safetensors", "losses.csv", "metrics.json", "target.wav",
+            "generated.wav", "target.png", "final.png", "progress",
+        }  # fmt: skip
+        metrics = json.loads((run / "metrics.json").read_text())
+        for name in (
+            "epochs", "seconds_per_epoch", "backend", "vocoder", "mel_l1_db", "linear_l1_db", "mel_l1_db_active",
+            "linear_l1_db_active", "spectral_convergence_db", "log_spectral_distance_db", "rms_target",
+            "rms_generated",
+        ):  # fmt: skip
+            assert name in metrics
+        assert metrics["epochs"] == 3 and metrics["vocoder"] == "griffinlim"
+        assert len(read_losses(run)) == 3
+        samples, rate = soundfile.read(run / "generated.wav")
+        assert rate == 22050 and len(samples) == 2048 and np.abs(samples).max() <= 1.0
+
+    def test_the_model_is_what_metrics_say(self, finished):
+        run = finished[1]
+        model, sound = fastnca.load_model(run / "model.safetensors")
+        target = audio.analyze(audio.load_audio(finished[0])[0])
+        grown_mel, _ = model.grow(sound["n_frames"], sound["num_steps"])
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert (grown_mel - target.mel_db).abs().mean().item() == pytest.approx(metrics["mel_l1_db"], rel=1e-4)
+
+    def test_progress_pictures_and_checkpoints(self, note, tmp_path, monkeypatch):
+        monkeypatch.setitem(
+            fastnca.training.RECIPES, "default", fastnca.training.Recipe(learning_rate=1e-3, log_interval=2, num_steps=4)
+        )
+        result = grow(note, tmp_path / "run", "--epochs", 5, "--tensorboard")
+        assert result.exit_code == 0, result.stderr
+        pictures = sorted(path.name for path in (tmp_path / "run" / "progress").iterdir())
+        assert pictures == ["epoch_0002.png", "epoch_0004.png"]
+        assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+    def test_ends_by_minutes(self, note, tmp_path):
+        result = grow(note, tmp_path / "run", "--minutes", 0.001)
+        assert result.exit_code == 0, result.stderr
+        assert 1 <= json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] <= 2
+
+    def test_same_command_same_result(self, finished, tmp_path):
+        note, run = finished
+        assert grow(note, tmp_path / "again", "--epochs", 3).exit_code == 0
+        assert_same_run(run, tmp_path / "again")
+
+    def test_demo(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(audio, "synthesize_bowed_string", lambda duration: 0.1 * np.ones(2048) * np.arange(2048) % 1)
+        result = fastnca_cli("demo", "-o", tmp_path / "run", "--epochs", 1)
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / "run" / "final.png").exists()
+
+
+class TestGenerate:
+    def test_repeats_the_run(self, finished, tmp_path):
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "again.wav")
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / "again.wav").read_bytes() == (finished[1] / "generated.wav").read_bytes()
+        assert (tmp_path / "again.png").exists()
+
+    def test_other_length_and_steps(self, finished, tmp_path):
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "long.wav", "--frames", 16, "--steps", 8)
+        assert result.exit_code == 0, result.stderr
+        assert soundfile.info(tmp_path / "long.wav").frames == 16 * 256
+
+
+def test_compare(finished):
+    result = fastnca_cli("compare", finished[0], finished[0])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["log_spectral_distance_db"] == 0.0
+
+
+def test_info():
+    result = fastnca_cli("info")
+    assert result.exit_code == 0
+    assert "torch" in result.stdout and "reference: can run" in result.stdout
+
+
+class TestBadInput:
+    """Each ends in one line on stderr and exit code 2 and writes nothing."""
+
+    @staticmethod
+    def rejected(result, words):
+        assert result.exit_code == 2, result.output
+        lines = [line for line in result.stderr.splitlines() if "using the first" not in line]
+        assert lines[-1].startswith("fastnca: ") and words in lines[-1], result.stderr
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        ("samples", "words"),
+        [
+            (None, "no such file"),
+            (b"plain text, not audio", "is not audio"),
+            (np.zeros(0), "holds no samples"),
+            (np.zeros(22050), "is silent"),
+            (np.full(22050, np.nan), "NaN or infinite"),
+            (np.r_[np.ones(22050), np.inf], "NaN or infinite"),
+            (np.sin(np.arange(900.0)), "is too short"),
+        ],
+        ids=["missing", "not-audio", "empty", "silent", "nan", "inf", "short"],
+    )
+    def test_audio(self, tmp_path, samples, words):
+        path = tmp_path / "in.wav"
+        if isinstance(samples, bytes):
+            path.write_bytes(samples)
+        elif samples is not None:
+            soundfile.write(path, samples, 22050, subtype="FLOAT")
+        self.rejected(grow(path, tmp_path / "run", "--epochs", 1), words)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default"),
+            (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, "),
+            (["--vocoder", "hifigan"], "vocoder must be one of auto, bigvgan, griffinlim, got 'hifigan'"),
+            (["--epochs", "0"], "epochs must be at least 1"),
+            (["--minutes", "-1"], "minutes must be a positive number"),
+            (["--duration", "0"], "duration must be a positive number"),
+            (["--checkpoint-every-epochs", "0"], "checkpoint_every_epochs must be at least 1"),
+            (["--resume"], "nothing to resume"),
+            (["--vocoder", "bigvgan", "--bigvgan", "no-such-folder"], "no such BigVGAN folder"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_options(self, note, tmp_path, options, words):
+        self.rejected(fastnca_cli("grow", note, "-o", tmp_path / "run", *options), words)
+        assert not (tmp_path / "run").exists()
+
+    def test_bigvgan_that_does_not_fit(self, note, tmp_path):
+        config = {"num_mels": 100, "sampling_rate": 24000, "n_fft": 1024, "hop_size": 256, "win_size": 1024}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "bigvgan_generator.pt").write_bytes(b"")
+        result = fastnca_cli("grow", note, "-o", tmp_path / "run", "--vocoder", "bigvgan", "--bigvgan", tmp_path)
+        self.rejected(result, "expected num_mels 80, found 100; sampling_rate 22050, found 24000")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("out", ["file", "file/run", "/proc/fastnca"])
+    def test_unwritable_folder(self, note, tmp_path, out):
+        (tmp_path / "file").write_text("mine")
+        self.rejected(grow(note, tmp_path / out, "--epochs", 1), "folder")
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_folder_that_holds_a_run(self, finished):
+        note, run = finished
+        before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+        self.rejected(grow(note, run, "--epochs", 1), "already holds a run")
+        assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+    def test_resume_on_another_sound_or_setting(self, finished, tmp_path):
+        note, run = finished
+        other = tmp_path / "other.wav"
+        audio.write_wav(other, np.sin(np.arange(2048.0)))
+        self.rejected(grow(other, run, "--resume"), "was started on another sound")
+        self.rejected(grow(note, run, "--resume", "--recipe", "notebook"), "started with recipe 'default'")
+        self.rejected(grow(note, run, "--resume", "--seed", "4"), "started with seed 0")
+
+    @pytest.mark.parametrize("content", [b"", b"garbage", None])
+    def test_resume_from_a_damaged_checkpoint(self, finished, tmp_path, content):
+        note, run = finished
+        whole = (run / "checkpoint.safetensors").read_bytes()
+        (tmp_path / "checkpoint.safetensors").write_bytes(whole[:-100] if content is None else content)
+        self.rejected(grow(note, tmp_path, "--resume"), "damaged or not a safetensors file")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--frames", "0"], "frames must be at least 8"),
+            (["--steps", "-1"], "num_steps must be an integer of at least 0"),
+            (["--backend", "cuda"], "unknown backend"),
+            (["-o", "no/such/folder.wav"], "no such folder"),
+        ],
+    )
+    def test_generate_options(self, finished, options, words):
+        self.rejected(fastnca_cli("generate", finished[1], *options), words)
+
+    def test_generate_without_a_run(self, tmp_path):
+        self.rejected(fastnca_cli("generate", tmp_path / "nothing"), "no such folder")
+        self.rejected(fastnca_cli("generate", tmp_path), "no such file")
+        torch.save({}, tmp_path / "model.safetensors")
+        self.rejected(fastnca_cli("generate", tmp_path), "damaged or not a safetensors file")
+
+    def test_compare_missing(self, note, tmp_path):
+        self.rejected(fastnca_cli("compare", note, tmp_path / "nothing.wav"), "no such file")
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "fastnca.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "CI": "true"})
+
+
+def wait_for_epoch(process, out, epoch):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "checkpoint.safetensors").exists():
+            state = json.loads(read_safetensors(out / "checkpoint.safetensors", "fastnca-checkpoint-1")[1]["state"])
+            if state["epoch"] >= epoch:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"epoch {epoch} was not reached: {process.communicate()}")
+
+
+class TestGoingOn:
+    EPOCHS = ("--epochs", 12, "--vocoder", "griffinlim", "--checkpoint-every-epochs", 2)
+
+    @pytest.fixture(scope="class")
+    def uninterrupted(self, finished, tmp_path_factory):
+        run = tmp_path_factory.mktemp("uninterrupted") / "run"
+        assert fastnca_cli("grow", finished[0], "-o", run, *self.EPOCHS).exit_code == 0
+        return run
+
+    def test_after_kill(self, finished, uninterrupted, tmp_path):
+        process = start("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        wait_for_epoch(process, tmp_path, 2)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (tmp_path / "metrics.json").exists()
+        fastnca.load_model(tmp_path / "model.safetensors")
+        result = fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume")
+        assert result.exit_code == 0, result.stderr
+        assert_same_run(tmp_path, uninterrupted)
+
+    def test_after_ctrl_c(self, finished, uninterrupted, tmp_path):
+        process = start("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        wait_for_epoch(process, tmp_path, 2)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)
+        assert process.returncode == 130, output
+        stopped = json.loads((tmp_path / "metrics.json").read_text())["epochs"]
+        assert 2 <= stopped < 12
+        assert fastnca_cli("generate", tmp_path, "-o", tmp_path / "usable.wav").exit_code == 0
+        result = fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume")
+        assert result.exit_code == 0, result.stderr
+        assert_same_run(tmp_path, uninterrupted)
+
+    def test_more_epochs(self, finished, tmp_path):
+        assert grow(finished[0], tmp_path, "--epochs", 1).exit_code == 0
+        assert grow(finished[0], tmp_path, "--resume", "--epochs", 2).exit_code == 0
+        assert [row["epoch"] for row in read_losses(tmp_path)] == ["1", "2"]
+
+    def test_force_starts_over(self, finished, tmp_path):
+        assert grow(finished[0], tmp_path, "--epochs", 2).exit_code == 0
+        (tmp_path / "notes.txt").write_text("mine")
+        assert grow(finished[0], tmp_path, "--epochs", 1, "--force").exit_code == 0
+        assert len(read_losses(tmp_path)) == 1 and (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_a_full_disk_leaves_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch):
+        real_fsync = os.fsync
+
+        def fill_after_epoch_four(descriptor):
+            if (tmp_path / "losses.csv").exists() and len(read_losses(tmp_path)) >= 4:
+                raise OSError(28, "No space left on device")
+            real_fsync(descriptor)
+
+        monkeypatch.setattr("fastnca.files.os.fsync", fill_after_epoch_four)
+        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        assert result.exit_code == 1 and "No space left on device" in result.stderr
+        state = json.loads(read_safetensors(tmp_path / "checkpoint.safetensors", "fastnca-checkpoint-1")[1]["state"])
+        assert state["epoch"] == 2
+        monkeypatch.undo()
+        assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
+        assert_same_run(tmp_path, uninterrupted)
+
+    def test_nan_keeps_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch):
+        real_loss = Trainer.loss
+        monkeypatch.setattr(
+            Trainer,
+            "loss",
+            lambda self, *grids: tuple(x * (float("nan") if self.epoch == 5 else 1.0) for x in real_loss(self, *grids)),
+        )
+        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        assert result.exit_code == 1
+        assert "the loss became nan" in result.stderr and "epoch 6" in result.stderr
+        monkeypatch.undo()
+        assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
+        assert_same_run(tmp_path, uninterrupted)

@@ -1,0 +1,126 @@
+"""Recipes, budgets and the trainer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastnca
+from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, find_recipe
+
+
+def make_trainer(target, recipe="default", **options):
+    return Trainer(*target, RECIPES[recipe], options.pop("budget", Budget(epochs=10)), **options)
+
+
+def test_notebook_recipe_is_the_notebooks_loss(target):
+    trainer = make_trainer(target, "notebook")
+    assert trainer.optimizer.param_groups[0]["lr"] == 2e-4 and trainer.recipe.num_steps == 96
+    torch.manual_seed(5)
+    mel, linear = (-80 * torch.rand(1, *grid.shape) for grid in target)
+    target_mel, target_linear = (grid[None] for grid in target)
+    mel_mask, linear_mask = (target_mel > -70).float(), (target_linear > -70).float()
+    gram = trainer.perceptual_loss((mel * mel_mask)[:, None], (target_mel * mel_mask)[:, None])
+    mel_loss = 2.0 * gram + 0.3 * F.l1_loss(mel * mel_mask, target_mel * mel_mask)
+    linear_loss = F.l1_loss(linear * linear_mask, target_linear * linear_mask)
+    torch.testing.assert_close(trainer.loss(mel, linear)[0], mel_loss + 0.5 * linear_loss)
+
+
+def test_default_recipe_judges_quiet_cells_too(target):
+    trainer = make_trainer(target)
+    silent = [torch.full_like(grid, -80.0)[None] for grid in target]
+    trainer.target_mel, trainer.target_linear = silent
+    louder = [grid + 5.0 for grid in silent]
+    assert trainer.loss(*louder)[0] > trainer.loss(*silent)[0] == 0.0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_learns(target, recipe):
+    trainer = make_trainer(target, recipe)
+    losses = [trainer.train_epoch()["loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert trainer.epoch == 4 and trainer.seconds > 0
+
+
+def test_the_same_seed_repeats_and_another_does_not(target):
+    def train(seed):
+        trainer = make_trainer(target, seed=seed)
+        for _ in range(2):
+            trainer.train_epoch()
+        return torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+
+    assert torch.equal(train(0), train(0))
+    assert not torch.equal(train(0), train(1))
+
+
+def test_normalised_gradients_have_unit_norm(target):
+    trainer = make_trainer(target)
+    for _ in range(2):
+        trainer.train_epoch()
+    for parameter in trainer.model.parameters():
+        assert parameter.grad.norm() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_learning_rate_decays_over_the_budget(target):
+    trainer = make_trainer(target, budget=Budget(epochs=100, minutes=2))
+    assert trainer.learning_rate == pytest.approx(2e-3)
+    trainer.epoch = 50
+    assert trainer.progress == 0.5 and trainer.learning_rate == pytest.approx(0.51 * 2e-3)
+    trainer.seconds = 120.0
+    assert trainer.progress == 1.0 and trainer.learning_rate == pytest.approx(0.02 * 2e-3)
+    notebook = make_trainer(target, "notebook")
+    notebook.epoch = 9
+    assert notebook.learning_rate == 2e-4
+
+
+def test_divergence_stops_before_the_weights(target):
+    trainer = make_trainer(target)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.target_mel = trainer.target_mel.clone()
+    trainer.target_mel[0, 3, 3] = float("nan")
+    with pytest.raises(TrainingDiverged, match="the loss became nan .* in epoch 1"):
+        trainer.train_epoch()
+    assert trainer.epoch == 0
+    for parameter, kept in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, kept)
+
+
+@pytest.mark.parametrize("epochs_before", [0, 2])
+def test_state_goes_on_bit_for_bit(target, epochs_before):
+    whole, first, second = (make_trainer(target, seed=seed) for seed in (0, 0, 1))
+    rows = [whole.train_epoch() for _ in range(epochs_before + 2)]
+    for _ in range(epochs_before):
+        first.train_epoch()
+    second.load_state_dict(*first.state_dict())
+    resumed = [second.train_epoch() for _ in range(2)]
+    for row, expected in zip(resumed, rows[-2:], strict=True):
+        assert {**row, "seconds": 0} == {**expected, "seconds": 0}
+    for one, other in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "needs epochs or minutes"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"minutes": 0.0}, "minutes must be a positive number"),
+        ({"minutes": float("nan")}, "minutes must be a positive number"),
+    ],
+)
+def test_wrong_budgets(options, words):
+    with pytest.raises(ValueError, match=words):
+        Budget(**options)
+
+
+def test_unknown_recipe():
+    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of notebook, default"):
+        find_recipe("best")
+
+
+def test_perceptual_loss_is_zero_on_itself_and_positive_elsewhere():
+    loss = fastnca.PerceptualLoss("cpu")
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 1, 80, 16), torch.randn(2, 1, 80, 16)
+    assert loss(x, x) == 0.0 and loss(x, y) > 0.0
+    assert loss.gram_matrix(torch.ones(2, 3, 4, 5)).shape == (2, 3, 3)
+    assert {name.split(".")[0] for name in loss.state_dict()} == {"feature_extractor"}
