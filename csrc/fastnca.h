@@ -104,11 +104,8 @@ struct Problem {
     int threads;
 };
 
-constexpr int64_t kTooLarge = -1;
-int64_t state_floats(const Problem&);  // of one state of both grids, kTooLarge where it would overflow
-int64_t saved_states(const Problem&);
-
-// `states` (saved_states x state_floats) may be null: nothing is saved. Both return false when memory runs out.
+// `states` holds the states 0, save_every, 2 save_every, ... and the last one, or is null: then nothing is saved.
+// Both return false when memory runs out.
 bool rollout(const Problem&, const Weights&, const float* const initial[2], float* const final[2], float* states);
 bool rollout_backward(const Problem&, const Weights&, const float* states, const float* const gradient_final[2],
                       float* const gradient_initial[2], float* const gradient_weights[6]);

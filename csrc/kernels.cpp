@@ -604,15 +604,17 @@ void read_gradient(const float* gradient, const Tile* tiles, const Tile& tile, f
 
 double multiply_adds(int64_t rounds) {
     constexpr int kSums = 12;  // more than latency x throughput of any processor's units
+    volatile float unknown = 0.5f;
+    const Vec factor = broadcast(unknown);
     Vec sums[kSums];
-    for (int i = 0; i < kSums; i++) sums[i] = broadcast(float(i));
-    Vec factor = broadcast(0.5f);
-    for (int64_t round = 0; round < rounds; round++) {
-        __asm__ volatile("" : : "m"(factor));
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; i++) sums[i] = broadcast(unknown);
+#pragma GCC unroll 1
+    for (int64_t round = 0; round < rounds; round++)
 #pragma GCC unroll 12
         for (int i = 0; i < kSums; i++) sums[i] = sums[i] * factor + factor;
-    }
-    for (int i = 0; i < kSums; i++) __asm__ volatile("" : : "m"(sums[i]));
+    for (int i = 1; i < kSums; i++) sums[0] += sums[i];
+    unknown = sums[0][0];
     return 2.0 * kLanes * kSums * double(rounds);
 }
 

@@ -12,8 +12,8 @@ namespace {
 
 using namespace fastnca;
 
-// "((nnnnn)nnpi)": (batch, mel height, mel width, linear height, linear width), steps, save_every, life_mask, threads
-#define PROBLEM_FORMAT "((nnnnn)nnpi)"
+// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, threads
+#define PROBLEM_FORMAT "(nnnnn)nnpi"
 #define PROBLEM_TARGETS(p)                                                                                   \
     &p.batch, &p.height[0], &p.width[0], &p.height[1], &p.width[1], &p.num_steps, &p.save_every, &p.life_mask, \
         &p.threads
@@ -35,18 +35,6 @@ T* address(unsigned long long value) {
 Weights weights_at(const unsigned long long (&a)[6]) {
     return {address<const float>(a[0]), address<const float>(a[1]), address<const float>(a[2]),
             address<const float>(a[3]), address<const float>(a[4]), address<const float>(a[5])};
-}
-
-PyObject* states_shape(PyObject*, PyObject* args) {
-    ParsedProblem parsed;
-    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT, PROBLEM_TARGETS(parsed))) return nullptr;
-    const Problem problem = parsed.problem();
-    const int64_t floats = state_floats(problem);
-    if (floats == kTooLarge) {
-        PyErr_SetString(PyExc_OverflowError, "the grids have too many cells");
-        return nullptr;
-    }
-    return Py_BuildValue("(LL)", (long long)saved_states(problem), (long long)floats);
 }
 
 PyObject* finished(bool success) {
@@ -135,7 +123,6 @@ PyObject* py_peak_flops(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"states_shape", states_shape, METH_VARARGS, "(number of saved states, floats of one)"},
     {"rollout", py_rollout, METH_VARARGS, "problem, weights, initial grids, final grids, states or 0"},
     {"rollout_backward", py_rollout_backward, METH_VARARGS,
      "problem, weights, states, gradients of the final grids, of the initial grids, of the weights"},

@@ -153,9 +153,8 @@ struct SavedStates {
     int64_t num_steps, every, floats;
 
     bool has(int64_t step) const { return step % every == 0 || step == num_steps; }
-    int64_t offset(int64_t step) const {
-        return (step == num_steps ? divide_up(num_steps, every) : step / every) * floats;
-    }
+    int64_t last() const { return divide_up(num_steps, every); }
+    int64_t offset(int64_t step) const { return (step == num_steps ? last() : step / every) * floats; }
 };
 
 constexpr int64_t kGradientFloats = int64_t(sizeof(WeightGradients) / sizeof(float));
@@ -176,19 +175,6 @@ void transpose(const float* in, int rows, int columns, float* out) {
 
 }  // namespace
 
-int64_t state_floats(const Problem& problem) {
-    int64_t total = 0;
-    for (int g = 0; g < 2; g++) {
-        int64_t floats = kChannels;
-        for (int64_t extent : {problem.batch, problem.height[g], problem.width[g]})
-            if (__builtin_mul_overflow(floats, extent, &floats)) return kTooLarge;
-        if (__builtin_add_overflow(total, floats, &total)) return kTooLarge;
-    }
-    return total;
-}
-
-int64_t saved_states(const Problem& problem) { return divide_up(problem.num_steps, problem.save_every) + 1; }
-
 bool rollout(const Problem& problem, const Weights& weights, const float* const initial[2], float* const final[2],
              float* states) try {
     const Kernels& kernels = active_kernels();
@@ -200,7 +186,7 @@ bool rollout(const Problem& problem, const Weights& weights, const float* const 
     const Buffer scratch = allocate(scratch_floats * threads);
     const bool all_saved = states && problem.save_every == 1;
     const Buffer unsaved = allocate(all_saved ? 0 : 2 * plan.state_floats());
-    if (states) advise_huge_pages(states, size_t(saved_states(problem) * plan.state_floats()) * sizeof(float));
+    if (states) advise_huge_pages(states, size_t((saved.last() + 1) * saved.floats) * sizeof(float));
     kernels.pack(weights, packed.get());
 
     const float* const inputs[2] = {initial[0], initial[1]};
@@ -303,8 +289,8 @@ double peak_flops(int threads) {
     Team::run(threads, [&](Team::Member& member) {
         const auto begin = Clock::now();
         double operations = 0.0, seconds = 0.0;
-        while (seconds < 0.2) {
-            operations += kernels.multiply_adds(100000);
+        while (seconds < 0.03) {
+            operations += kernels.multiply_adds(10000);
             seconds = std::chrono::duration<double>(Clock::now() - begin).count();
         }
         rates[member.rank()] = operations / seconds;

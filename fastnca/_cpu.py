@@ -1,0 +1,69 @@
+"""The CPU kernels (csrc/) on tensors. The extension takes addresses, so everything is made contiguous here."""
+
+import torch
+
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    _import_error = error
+
+PRECISIONS = ("fp32",)
+
+
+def why_not(device, dtype, num_channels, precision):
+    """None if the kernels can run this request, else the reason as a clause."""
+    if _C is None:
+        return f"the extension fastnca._C could not be loaded ({_import_error})"
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
+    if dtype != torch.float32:
+        return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    if num_channels != 16:
+        return f"it is compiled for 16 channels, not for {num_channels}"
+    if precision not in PRECISIONS:
+        return f"it knows the precisions {', '.join(PRECISIONS)}, not {precision!r}"
+    return None
+
+
+def capability():
+    """Name of the instruction set in use; the variable FASTNCA_CPU_CAPABILITY chooses it at import."""
+    return _C.capability()
+
+
+def _problem(mel, lin, num_steps, save_every, life_mask):
+    sizes = (mel.shape[0], *mel.shape[2:], *lin.shape[2:])
+    return sizes, num_steps, save_every, life_mask, torch.get_num_threads()
+
+
+def _addresses(tensors):
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def rollout(mel, lin, weights, num_steps, save_every, life_mask, states):
+    """-> final (mel, lin). ``states`` receives every ``save_every``-th state and the last, or is None."""
+    grids = [mel.contiguous(), lin.contiguous()]
+    weights = [weight.contiguous() for weight in weights]
+    final = [torch.empty_like(grid) for grid in grids]
+    problem = _problem(mel, lin, num_steps, save_every, life_mask)
+    saved = 0 if states is None else states.data_ptr()
+    _C.rollout(*problem, _addresses(weights), _addresses(grids), _addresses(final), saved)
+    return final
+
+
+def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask):
+    """-> gradients of the initial (mel, lin) and of the six parameters."""
+    grads = [grad_mel.contiguous(), grad_lin.contiguous()]
+    weights = [weight.contiguous() for weight in weights]
+    grad_initial = [torch.empty_like(grad) for grad in grads]
+    grad_weights = [torch.empty_like(weight) for weight in weights]
+    problem = _problem(grad_mel, grad_lin, num_steps, save_every, life_mask)
+    _C.rollout_backward(
+        *problem,
+        _addresses(weights),
+        states.data_ptr(),
+        _addresses(grads),
+        _addresses(grad_initial),
+        _addresses(grad_weights),
+    )
+    return grad_initial + grad_weights
