@@ -6,6 +6,8 @@ it cannot. ``auto`` takes the first that can; a backend asked for by name raises
 
 import torch
 
+from . import _cpu
+
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -16,13 +18,16 @@ def _reference_why_not(device, dtype, num_channels, precision):
 
 
 # In the order of preference.
-_WHY_NOT = {"reference": _reference_why_not}
+_WHY_NOT = {"cpu": _cpu.why_not, "reference": _reference_why_not}
 BACKENDS = tuple(_WHY_NOT)
 
 
-def check_backend_name(backend):
+def check_names(backend, precision):
+    """Raises ValueError unless both are names that fastnca knows."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}: expected one of auto, {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
 
 
 def why_not(backend, *, device="cpu", dtype=torch.float32, num_channels=16, precision="fp32"):
@@ -35,9 +40,7 @@ def choose_backend(backend="auto", *, device="cpu", dtype=torch.float32, num_cha
 
     Raises ValueError for an unknown name or precision and RuntimeError, with the reason, where the request cannot run.
     """
-    check_backend_name(backend)
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    check_names(backend, precision)
     request = {"device": device, "dtype": dtype, "num_channels": num_channels, "precision": precision}
     candidates = BACKENDS if backend == "auto" else (backend,)
     reasons = {name: why_not(name, **request) for name in candidates}

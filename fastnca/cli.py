@@ -156,8 +156,9 @@ def compare(
     from . import audio, metrics
 
     with _one_line_errors(2):
-        sounds = [audio.load_audio(path)[0] for path in (reference, generated)]
-        result = metrics.compare(*sounds)
+        sound, _ = audio.load_audio(generated)
+        target, _ = audio.load_audio(reference, duration=len(sound) / audio.SAMPLE_RATE)
+        result = metrics.compare(target, sound)
     typer.echo(json.dumps(result, indent=2))
 
 

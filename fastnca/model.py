@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import backends, reference
+from . import backends, ops, reference
 from .files import atomic_write
 
 MODEL_FORMAT = "fastnca-model-1"
@@ -26,8 +26,8 @@ def decode_db(grid):
 class DualSpecTNCA(nn.Module):
     """A neural cellular automaton whose one rule grows a mel and a linear spectrogram at once.
 
-    Grids are [N, num_channels, H, T]: H = ``n_mels`` or ``n_linear`` bands from low to high, T time frames; channel 0 is
-    the value (see :func:`decode_db`), channel 1 alpha (life), the rest hidden. The rule is written out in
+    Grids are [N, num_channels, H, T]: H = ``n_mels`` or ``n_linear`` bands from low to high, T time frames; channel 0
+    is the value (see :func:`decode_db`), channel 1 alpha (life), the rest hidden. The rule is written out in
     ``fastnca/reference.py``. The parameters carry the notebook's names, so its ``state_dict`` loads as it is.
 
     Args:
@@ -58,9 +58,7 @@ class DualSpecTNCA(nn.Module):
             raise ValueError(f"num_channels must be at least 2 (value and alpha), got {num_channels}")
         if n_mels < 1 or n_linear < 1:
             raise ValueError(f"n_mels and n_linear must be at least 1, got {n_mels} and {n_linear}")
-        backends.check_backend_name(backend)
-        if precision not in backends.PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(backends.PRECISIONS)}")
+        backends.check_names(backend, precision)
         self.num_channels = num_channels
         self.n_mels = n_mels
         self.n_linear = n_linear
@@ -142,12 +140,21 @@ class DualSpecTNCA(nn.Module):
             not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1
         ):
             raise ValueError(f"checkpoint_every must be None or an integer of at least 1, got {checkpoint_every!r}")
-        assert self.backend == "reference"
+        if self.backend != "reference":
+            return ops.rollout(
+                grid_mel,
+                grid_linear,
+                self.weights,
+                num_steps,
+                life_mask=self.life_mask,
+                checkpoint_every=checkpoint_every,
+                precision=self.precision,
+            )
         return tuple(self._reference_rollout(grid, num_steps, checkpoint_every) for grid in (grid_mel, grid_linear))
 
     @torch.no_grad()
     def grow(self, n_frames, num_steps=96):
-        """Grow both grids from their seeds -> (mel_db [n_mels, n_frames], linear_db [n_linear, n_frames]) on the CPU."""
+        """Grow both grids from their seeds -> (mel_db [n_mels, T], linear_db [n_linear, T]) on the CPU."""
         grids = self.rollout(*self.seed(n_frames), num_steps)
         return tuple(decode_db(grid)[0].float().cpu() for grid in grids)
 
@@ -207,12 +214,7 @@ def save_model(path, model, sound=None):
 
     ``sound`` is a JSON-serialisable dict that comes back from :func:`load_model`: what the grids mean as sound.
     """
-    from safetensors.torch import save
-
-    metadata = {"format": MODEL_FORMAT, "config": json.dumps(model.config), "sound": json.dumps(sound or {})}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_write(path) as file:
-        file.write(save(tensors, metadata))
+    write_safetensors(path, model.state_dict(), MODEL_FORMAT, {"config": model.config, "sound": sound or {}})
 
 
 def load_model(path, backend="auto", precision="fp32"):
@@ -221,18 +223,30 @@ def load_model(path, backend="auto", precision="fp32"):
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, truncated, or not a fastnca model.
     """
+    backends.check_names(backend, precision)
     tensors, metadata = read_safetensors(path, MODEL_FORMAT)
     try:
-        model = DualSpecTNCA(**json.loads(metadata["config"]), backend=backend, precision=precision)
-        sound = json.loads(metadata["sound"])
+        model = DualSpecTNCA(**metadata["config"], backend=backend, precision=precision)
+        sound = metadata["sound"]
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: its configuration and its weights do not fit ({error})") from error
     return model, sound
 
 
-def read_safetensors(path, expected_format):
-    """Tensors and metadata of a safetensors file that fastnca wrote in ``expected_format``; errors as load_model."""
+def write_safetensors(path, tensors, file_format, metadata):
+    """Write tensors and a JSON-serialisable dict to one file, atomically; equal content gives equal bytes."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry, because safetensors writes several in random order.
+    header = {"fastnca": json.dumps({"format": file_format, **metadata})}
+    with atomic_write(path) as file:
+        file.write(save(tensors, header))
+
+
+def read_safetensors(path, file_format):
+    """(tensors, metadata) of a file that :func:`write_safetensors` wrote in ``file_format``; errors as load_model."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -240,12 +254,15 @@ def read_safetensors(path, expected_format):
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            header = (file.metadata() or {}).get("fastnca", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
-    if metadata.get("format") != expected_format:
-        raise ValueError(
-            f"{path} was not written by fastnca: expected format {expected_format!r}, got {metadata.get('format')!r}"
-        )
+    try:
+        metadata = json.loads(header)
+        found = metadata.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its header is not fastnca's ({error})") from error
+    if found != file_format:
+        raise ValueError(f"{path} was not written by fastnca: expected format {file_format!r}, got {found!r}")
     return tensors, metadata

@@ -144,9 +144,7 @@ def _backward(ctx, grad_mel, grad_lin, _):
     states, *weights = ctx.saved_tensors
     if ctx.arguments[1] == 0:
         raise RuntimeError("this rollout saved no states (save_every=0): it cannot be differentiated")
-    grads = [
-        states.new_zeros(shape) if grad is None else grad for grad, shape in zip((grad_mel, grad_lin), ctx.shapes)
-    ]
+    grads = [states.new_zeros(shape) if grad is None else grad for grad, shape in zip((grad_mel, grad_lin), ctx.shapes)]
     return *rollout_backward_op(*grads, states, *weights, *ctx.arguments), None, None, None, None
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from . import __version__, audio, backends, metrics, plotting, vocoder
 from .files import atomic_write
-from .model import load_model, read_safetensors, save_model
+from .model import load_model, read_safetensors, save_model, write_safetensors
 from .training import Budget, Trainer, find_recipe
 
 CHECKPOINT_FORMAT = "fastnca-checkpoint-1"
@@ -51,8 +51,8 @@ DEFAULT_MINUTES = 10.0
 class Run:
     """One growth of ``source`` (the path of a recording, or samples [n] at 22.05 kHz) in the folder ``out``.
 
-    Making one checks everything that can be checked and writes nothing; :meth:`open_folder` and then :meth:`grow` do the work. Of the settings,
-    None means the default or, with ``resume``, what the run was started with.
+    Making one checks everything that can be checked and writes nothing; :meth:`open_folder` and then :meth:`grow` do
+    the work. Of the settings, None means the default or, with ``resume``, what the run was started with.
 
     Args:
         epochs, minutes: the budget of training, whichever ends first; without either, 10 minutes.
@@ -147,7 +147,7 @@ class Run:
             if CHECKPOINT_FILE not in existing:
                 raise FileNotFoundError(f"nothing to resume in {self.out}: it holds no {CHECKPOINT_FILE}")
             tensors, metadata = read_safetensors(self.out / CHECKPOINT_FILE, CHECKPOINT_FORMAT)
-            return tensors, json.loads(metadata["state"])
+            return tensors, metadata
         if existing and not force:
             raise FileExistsError(
                 f"{self.out} already holds a run ({', '.join(existing[:3])}, ...); go on with it by --resume, "
@@ -245,8 +245,6 @@ class Run:
 
     def _save(self):
         """Write the losses, a usable model and, last, the checkpoint; each file is whole or the one before."""
-        from safetensors.torch import save
-
         text = io.StringIO(newline="")
         if self.losses:
             rows = csv.DictWriter(text, self.losses[0].keys())
@@ -266,9 +264,7 @@ class Run:
         save_model(self.out / MODEL_FILE, self.trainer.model, sound)
         tensors, state = self.trainer.state_dict()
         state.update(settings=self.settings, fingerprint=self.fingerprint)
-        metadata = {"format": CHECKPOINT_FORMAT, "state": json.dumps(state)}
-        with atomic_write(self.out / CHECKPOINT_FILE) as file:
-            file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+        write_safetensors(self.out / CHECKPOINT_FILE, tensors, CHECKPOINT_FORMAT, state)
 
     def _write_results(self):
         trainer, target = self.trainer, self.target

@@ -12,6 +12,7 @@ from .model import DualSpecTNCA, decode_db
 
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
+STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
 
 
 class TrainingDiverged(RuntimeError):
@@ -138,8 +139,13 @@ class Trainer:
         return self.model.grow(self.target_mel.shape[2], self.recipe.num_steps)
 
     def _checkpoint_every(self):
-        # Eager autograd keeps about 1 kB per cell and step; four steps at a time fit where 96 do not, as fast.
-        return 4 if self.model.backend == "reference" else None
+        """The fewest replayed steps whose saved states fit the memory budget."""
+        steps = self.recipe.num_steps
+        if self.model.backend == "reference":
+            return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
+        state = sum(grid.nbytes for grid in self.initial_grids)
+        longest = max(1, math.isqrt(steps))
+        return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
     def loss(self, mel_db, linear_db):
         """The recipe's loss of two grown spectrograms -> (total, mel part, linear part)."""

@@ -23,7 +23,11 @@ def note(tmp_path):
 
 @pytest.fixture
 def target():
-    """A dual spectrogram of random levels, [80, 8] and [513, 8]."""
-    generator = torch.Generator().manual_seed(0)
-    mel, linear = (-80 * torch.rand(bands, 8, generator=generator) for bands in (80, 513))
-    return mel, linear
+    """A dual spectrogram with two bright bands, [80, 8] and [513, 8] in dB."""
+    grids = []
+    for bands in (80, 513):
+        grid = torch.full((bands, 8), -75.0)
+        grid[bands // 8 : bands // 4] = -10.0
+        grid[bands // 2, 4:] = -30.0
+        grids.append(grid)
+    return tuple(grids)

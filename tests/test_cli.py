@@ -18,7 +18,8 @@ import fastnca
 from fastnca import audio
 from fastnca.cli import app
 from fastnca.model import read_safetensors
-from fastnca.training import Trainer
+from fastnca.run import CHECKPOINT_FORMAT
+from fastnca.training import RECIPES, Recipe, Trainer
 
 
 def fastnca_cli(*arguments):
@@ -80,7 +81,9 @@ class TestGrow:
 
     def test_progress_pictures_and_checkpoints(self, note, tmp_path, monkeypatch):
         monkeypatch.setitem(
-            fastnca.training.RECIPES, "default", fastnca.training.Recipe(learning_rate=1e-3, log_interval=2, num_steps=4)
+            fastnca.training.RECIPES,
+            "default",
+            fastnca.training.Recipe(learning_rate=1e-3, log_interval=2, num_steps=4),
         )
         result = grow(note, tmp_path / "run", "--epochs", 5, "--tensorboard")
         assert result.exit_code == 0, result.stderr
@@ -99,7 +102,9 @@ class TestGrow:
         assert_same_run(run, tmp_path / "again")
 
     def test_demo(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(audio, "synthesize_bowed_string", lambda duration: 0.1 * np.ones(2048) * np.arange(2048) % 1)
+        monkeypatch.setattr(
+            audio, "synthesize_bowed_string", lambda duration: 0.1 * np.ones(2048) * np.arange(2048) % 1
+        )
         result = fastnca_cli("demo", "-o", tmp_path / "run", "--epochs", 1)
         assert result.exit_code == 0, result.stderr
         assert (tmp_path / "run" / "final.png").exists()
@@ -247,24 +252,26 @@ def wait_for_epoch(process, out, epoch):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "checkpoint.safetensors").exists():
-            state = json.loads(read_safetensors(out / "checkpoint.safetensors", "fastnca-checkpoint-1")[1]["state"])
+            state = read_safetensors(out / "checkpoint.safetensors", CHECKPOINT_FORMAT)[1]
             if state["epoch"] >= epoch:
                 return
         time.sleep(0.02)
     raise AssertionError(f"epoch {epoch} was not reached: {process.communicate()}")
 
 
+EPOCHS = ("--epochs", 12, "--vocoder", "griffinlim", "--checkpoint-every-epochs", 2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished, tmp_path_factory):
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert fastnca_cli("grow", finished[0], "-o", run, *EPOCHS).exit_code == 0
+    return run
+
+
 class TestGoingOn:
-    EPOCHS = ("--epochs", 12, "--vocoder", "griffinlim", "--checkpoint-every-epochs", 2)
-
-    @pytest.fixture(scope="class")
-    def uninterrupted(self, finished, tmp_path_factory):
-        run = tmp_path_factory.mktemp("uninterrupted") / "run"
-        assert fastnca_cli("grow", finished[0], "-o", run, *self.EPOCHS).exit_code == 0
-        return run
-
     def test_after_kill(self, finished, uninterrupted, tmp_path):
-        process = start("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        process = start("grow", finished[0], "-o", tmp_path, *EPOCHS)
         wait_for_epoch(process, tmp_path, 2)
         process.kill()
         process.communicate()
@@ -275,7 +282,7 @@ class TestGoingOn:
         assert_same_run(tmp_path, uninterrupted)
 
     def test_after_ctrl_c(self, finished, uninterrupted, tmp_path):
-        process = start("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        process = start("grow", finished[0], "-o", tmp_path, *EPOCHS)
         wait_for_epoch(process, tmp_path, 2)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=120)
@@ -307,9 +314,9 @@ class TestGoingOn:
             real_fsync(descriptor)
 
         monkeypatch.setattr("fastnca.files.os.fsync", fill_after_epoch_four)
-        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *EPOCHS)
         assert result.exit_code == 1 and "No space left on device" in result.stderr
-        state = json.loads(read_safetensors(tmp_path / "checkpoint.safetensors", "fastnca-checkpoint-1")[1]["state"])
+        state = read_safetensors(tmp_path / "checkpoint.safetensors", CHECKPOINT_FORMAT)[1]
         assert state["epoch"] == 2
         monkeypatch.undo()
         assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
@@ -322,7 +329,7 @@ class TestGoingOn:
             "loss",
             lambda self, *grids: tuple(x * (float("nan") if self.epoch == 5 else 1.0) for x in real_loss(self, *grids)),
         )
-        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *self.EPOCHS)
+        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *EPOCHS)
         assert result.exit_code == 1
         assert "the loss became nan" in result.stderr and "epoch 6" in result.stderr
         monkeypatch.undo()

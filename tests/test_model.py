@@ -11,6 +11,7 @@ from torch import nn
 
 import fastnca
 from fastnca import backends, reference
+from fastnca.model import MODEL_FORMAT, write_safetensors
 
 
 class NotebookModel(nn.Module):
@@ -263,11 +264,9 @@ class TestModelFiles:
             fastnca.load_model(tmp_path / "other.safetensors")
 
     def test_weights_that_do_not_fit_the_configuration(self, tmp_path):
-        from safetensors.torch import save_file
-
-        model = fastnca.DualSpecTNCA()
-        metadata = {"format": "fastnca-model-1", "config": '{"num_channels": 8}', "sound": "{}"}
-        save_file(model.state_dict(), tmp_path / "model.safetensors", metadata)
+        path = tmp_path / "model.safetensors"
+        content = {"config": {"num_channels": 8}, "sound": {}}
+        write_safetensors(path, fastnca.DualSpecTNCA().state_dict(), MODEL_FORMAT, content)
         with pytest.raises(ValueError, match="do not fit"):
             fastnca.load_model(tmp_path / "model.safetensors")
 
