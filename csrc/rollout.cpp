@@ -289,7 +289,7 @@ double peak_flops(int threads) {
     Team::run(threads, [&](Team::Member& member) {
         const auto begin = Clock::now();
         double operations = 0.0, seconds = 0.0;
-        while (seconds < 0.03) {
+        while (seconds < 0.1) {
             operations += kernels.multiply_adds(10000);
             seconds = std::chrono::duration<double>(Clock::now() - begin).count();
         }
