@@ -329,6 +329,8 @@ def generate(
     backends.choose_backend(backend, device=device)
     model, sound = load_model(run_folder / MODEL_FILE, backend=backend)
     model.to(device)
+    if "spectrogram" not in sound:
+        raise ValueError(f"{run_folder / MODEL_FILE} does not say what its grids sound like; grow it with fastnca grow")
     trained = (sound["n_frames"], sound["num_steps"])
     wanted = (trained[0] if n_frames is None else n_frames, trained[1] if num_steps is None else num_steps)
     if wanted[0] < 8:

@@ -19,7 +19,7 @@ from fastnca import audio
 from fastnca.cli import app
 from fastnca.model import read_safetensors
 from fastnca.run import CHECKPOINT_FORMAT
-from fastnca.training import RECIPES, Recipe, Trainer
+from fastnca.training import Trainer
 
 
 def fastnca_cli(*arguments):
