@@ -238,7 +238,7 @@ def test_bf16_rounds_operands_and_nothing_else(bf16, monkeypatch, sizes, life_ma
     judge = run(reference_rollout(2, life_mask), *problem, dtype=torch.float64)
     for name, expected in judge.items():
         error, rounding = ((x[name] - expected).norm() / expected.norm() for x in (actual, exact))
-        # A float32 sum that falls on the other side of a rounding border than its float64 twin moves by a whole bf16 unit.
+        # A float32 sum that falls on the other side of a rounding border than its float64 twin moves by a bf16 unit.
         assert error < 0.25 * rounding, f"{name}: error {error:.2e}, of the rounding itself {rounding:.2e}"
 
 
