@@ -11,6 +11,7 @@ namespace fastnca {
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
 
 namespace {
 
@@ -19,14 +20,16 @@ struct Candidate {
     bool (*supported)();
 };
 
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
 const Candidate candidates[] = {
     {&baseline::kernels, [] { return true; }},
     {&avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-    {&avx512::kernels,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+    {&avx512::kernels, has_avx512},
+    {&avx512_bf16::kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 };
 #else
 namespace baseline { extern const Kernels kernels; }

@@ -72,19 +72,27 @@ struct BackwardTask {
     float* gradient_from;
 };
 
-struct Kernels {
-    const char* name;
+// The part that depends on the operands of the matrix products. Sums, states and gradients are float32 in each.
+struct PrecisionKernels {
     size_t packed_floats;
     void (*pack)(const Weights&, float* packed);
-    size_t (*scratch_floats)(int height, int width);
     void (*step)(const StepTask&, const Tile&, float* scratch);
-    // Reads a state and writes the planar output [16][height][width] of the tile's sample.
-    void (*read)(const float* state, bool masked, const Tile&, float* planar, float* scratch);
     void (*backward)(const BackwardTask&, const Tile&, WeightGradients&, float* scratch);
-    // Sums the contributions to the tile's gradients and writes them planar.
-    void (*read_gradient)(const float* gradient, const Tile* tiles, const Tile&, float* planar, float* scratch);
     // Runs `rounds` rounds of independent fused multiply-adds from registers; returns the number of operations.
     double (*multiply_adds)(int64_t rounds);
+};
+
+struct Kernels {
+    const char* name;
+    size_t (*scratch_floats)(int height, int width);
+    // Reads a state and writes the planar output [16][height][width] of the tile's sample.
+    void (*read)(const float* state, bool masked, const Tile&, float* planar, float* scratch);
+    // Sums the contributions to the tile's gradients and writes them planar.
+    void (*read_gradient)(const float* gradient, const Tile* tiles, const Tile&, float* planar, float* scratch);
+    PrecisionKernels fp32;
+    const PrecisionKernels* bf16;  // null where the instruction set has no bf16 products
+
+    const PrecisionKernels& of(bool is_bf16) const { return is_bf16 ? *bf16 : fp32; }
 };
 
 // dispatch.cpp
@@ -101,6 +109,7 @@ struct Problem {
     int64_t num_steps;
     int64_t save_every;  // every save_every-th state is saved, and the last one
     bool life_mask;
+    bool bf16;  // only where the active kernels have it
     int threads;
 };
 
@@ -109,6 +118,6 @@ struct Problem {
 bool rollout(const Problem&, const Weights&, const float* const initial[2], float* const final[2], float* states);
 bool rollout_backward(const Problem&, const Weights&, const float* states, const float* const gradient_final[2],
                       float* const gradient_initial[2], float* const gradient_weights[6]);
-double peak_flops(int threads);
+double peak_flops(int threads, bool bf16);
 
 }  // namespace fastnca

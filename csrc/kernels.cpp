@@ -8,6 +8,10 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fastnca {
 namespace FASTNCA_ISA {
 namespace {
@@ -57,11 +61,91 @@ FASTNCA_INLINE Vec relu(Vec x) { return 0.0f > x ? Vec{} : x; }
 FASTNCA_INLINE float clamp01(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Matrix products over a block of cells
+// Operands of the matrix products
 
-// A block's intermediates stay in the inner caches. A multiple of every tile height, so that a block of any number of
-// cells can be computed in whole tiles (the cells beyond the end are computed from leftovers and never used).
-constexpr int kBlock = 48;
+// A lane of a multiply-add takes words of 32 bits: one float, or two bf16 whose products are both added to the sum.
+// So a product sums over pairs of channels, and a weight gradient over pairs of cells; by_cells() lays them out.
+struct Fp32 {
+    using Element = float;
+    using Words = Vec;
+    static constexpr int per_word = 1;
+    // Cells of a block: its intermediates stay in the inner caches. A multiple of every tile height, so that a block
+    // of any number of cells can be computed in whole tiles (the cells beyond the end are computed from leftovers and
+    // never used).
+    static constexpr int block = 48;
+
+    static FASTNCA_INLINE Element convert(float x) { return x; }
+    static FASTNCA_INLINE Words words(const Element* p) { return load(p); }
+    static FASTNCA_INLINE Words broadcast_word(const Element* p) { return broadcast(*p); }
+    static FASTNCA_INLINE Words ones() { return broadcast(1.0f); }
+    static FASTNCA_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return sum + a * b; }
+    static FASTNCA_INLINE void store(Element* p, Vec values) { FASTNCA_ISA::store(p, values); }
+    // The gradient of relu: it passes where relu's output is not zero.
+    static FASTNCA_INLINE Vec gate(const Element* relu, Vec gradient) {
+        return load(relu) <= 0.0f ? Vec{} : gradient;
+    }
+    static const Element* convert(const float* floats, int, float*) { return floats; }
+    template <int kColumns>
+    static const Element* by_cells(const Element* elements, int, float*) {
+        return elements;
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16 {
+    using Element = uint16_t;
+    using Words = IntVec;
+    static constexpr int per_word = 2;
+    static constexpr int block = 96;
+
+    typedef int32_t WordMemory __attribute__((aligned(2), may_alias));
+    typedef int64_t HalfVec __attribute__((vector_size(32)));
+    typedef int64_t HalfVecMemory __attribute__((vector_size(32), aligned(2), may_alias));
+
+    static Element convert(float x) {
+        HalfVec rounded = (HalfVec)_mm512_cvtneps_pbh((__m512)broadcast(x));
+        return Element(rounded[0]);
+    }
+    static FASTNCA_INLINE Words words(const Element* p) { return *reinterpret_cast<const IntVecMemory*>(p); }
+    static FASTNCA_INLINE Words broadcast_word(const Element* p) {
+        return IntVec{} + *reinterpret_cast<const WordMemory*>(p);
+    }
+    static FASTNCA_INLINE Words ones() { return IntVec{} + 0x3f803f80; }
+    static FASTNCA_INLINE Vec multiply_add(Vec sum, Words a, Words b) {
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+    static FASTNCA_INLINE void store(Element* p, Vec values) {
+        *reinterpret_cast<HalfVecMemory*>(p) = (HalfVec)_mm512_cvtneps_pbh((__m512)values);
+    }
+    static FASTNCA_INLINE Vec gate(const Element* relu, Vec gradient) {
+        const __m256i outputs = (__m256i)*reinterpret_cast<const HalfVecMemory*>(relu);
+        return (Vec)_mm512_maskz_mov_ps(_mm256_test_epi16_mask(outputs, _mm256_set1_epi16(0x7fff)), (__m512)gradient);
+    }
+    static const Element* convert(const float* floats, int count, float* memory) {
+        Element* converted = reinterpret_cast<Element*>(memory);
+        for (int i = 0; i < count; i += kLanes) store(converted + i, load(floats + i));
+        return converted;
+    }
+    // From [cell][column] to [cell / 2][column][2].
+    template <int kColumns>
+    static const Element* by_cells(const Element* elements, int cells, float* memory) {
+        typedef uint32_t WideVec __attribute__((vector_size(64)));
+        typedef uint16_t ElementsMemory __attribute__((vector_size(32), aligned(2), may_alias));
+        const auto widen = [](const Element* p) {
+            return __builtin_convertvector(*reinterpret_cast<const ElementsMemory*>(p), WideVec);
+        };
+        Element* out = reinterpret_cast<Element*>(memory);
+        for (int cell = 0; cell < cells; cell += 2, elements += 2 * kColumns)
+            for (int i = 0; i < kColumns; i += kLanes, out += 2 * kLanes)
+                *reinterpret_cast<IntVecMemory*>(out) =
+                    (IntVec)(widen(elements + i) | widen(elements + kColumns + i) << 16);
+        return reinterpret_cast<const Element*>(memory);
+    }
+};
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------
+// Matrix products over a block of cells
 
 // Sixteen outputs fill few vectors: a tall tile then has enough independent sums.
 template <int kOut>
@@ -69,22 +153,25 @@ struct TileShape {
     static constexpr int vectors = min(kOut / kLanes, kTileVectors);
     static constexpr int cells = vectors == kTileVectors ? kTileCells : kTileCells * kTileVectors / vectors;
     static constexpr int columns = vectors * kLanes;
-    static_assert(kOut % columns == 0 && kBlock % cells == 0, "tiles must cover a block exactly");
+    static_assert(kOut % columns == 0 && Fp32::block % cells == 0, "tiles must cover a block exactly");
 };
 
-// Weights for product(): panels of TileShape::columns outputs, [panel][in][column].
-template <int kIn, int kOut, class Weight>
-void pack_panels(float* packed, const Weight& weight) {
+// Weights for product(): panels of TileShape::columns outputs, [panel][word of inputs][column][input of the word].
+template <class Operand, int kIn, int kOut, class Weight>
+void pack_panels(typename Operand::Element* packed, const Weight& weight) {
     constexpr int columns = TileShape<kOut>::columns;
     for (int panel = 0; panel < kOut; panel += columns)
-        for (int i = 0; i < kIn; i++)
-            for (int o = panel; o < panel + columns; o++) *packed++ = weight(i, o);
+        for (int i = 0; i < kIn; i += Operand::per_word)
+            for (int o = panel; o < panel + columns; o++)
+                for (int k = 0; k < Operand::per_word; k++) *packed++ = Operand::convert(weight(i + k, o));
 }
 
 // emit(cell, output, sums) receives bias[o] + sum over i of in[cell][i] * weight(i, o), kLanes outputs at a time.
-template <int kIn, int kOut, class Emit>
-FASTNCA_INLINE void product(const float* in, const float* packed, const float* bias, int cells, const Emit& emit) {
+template <class Operand, int kIn, int kOut, class Emit>
+FASTNCA_INLINE void product(const typename Operand::Element* in, const typename Operand::Element* packed,
+                            const float* bias, int cells, const Emit& emit) {
     using Shape = TileShape<kOut>;
+    constexpr int per_word = Operand::per_word;
     for (int panel = 0; panel < kOut; panel += Shape::columns, packed += kIn * Shape::columns) {
         for (int cell = 0; cell < cells; cell += Shape::cells) {
             Vec sums[Shape::cells][Shape::vectors];
@@ -93,18 +180,19 @@ FASTNCA_INLINE void product(const float* in, const float* packed, const float* b
 #pragma GCC unroll 4
                 for (int v = 0; v < Shape::vectors; v++)
                     sums[c][v] = bias ? load(bias + panel + v * kLanes) : Vec{};
-            const float* x = in + cell * kIn;
-            const float* w = packed;
+            const auto* x = in + cell * kIn;
+            const auto* w = packed;
 #pragma GCC unroll 1
-            for (int i = 0; i < kIn; i++, x++, w += Shape::columns) {
-                Vec row[Shape::vectors];
+            for (int i = 0; i < kIn; i += per_word, x += per_word, w += Shape::columns * per_word) {
+                typename Operand::Words row[Shape::vectors];
 #pragma GCC unroll 4
-                for (int v = 0; v < Shape::vectors; v++) row[v] = load(w + v * kLanes);
+                for (int v = 0; v < Shape::vectors; v++) row[v] = Operand::words(w + v * kLanes * per_word);
 #pragma GCC unroll 24
                 for (int c = 0; c < Shape::cells; c++) {
-                    const Vec value = broadcast(x[c * kIn]);
+                    const auto value = Operand::broadcast_word(x + c * kIn);
 #pragma GCC unroll 4
-                    for (int v = 0; v < Shape::vectors; v++) sums[c][v] += value * row[v];
+                    for (int v = 0; v < Shape::vectors; v++)
+                        sums[c][v] = Operand::multiply_add(sums[c][v], value, row[v]);
                 }
             }
 #pragma GCC unroll 24
@@ -115,27 +203,30 @@ FASTNCA_INLINE void product(const float* in, const float* packed, const float* b
     }
 }
 
-// gradient[i][o] += sum over cells of in[cell][i] * delta[cell][o]. The sum of a block is complete before it is added:
-// two levels of summation keep the rounding error of long rollouts low.
-template <int kIn, int kOut>
-void accumulate(const float* in, const float* delta, int cells, float* gradient) {
+// gradient[i][o] += sum over cells of in[cell][i] * delta[cell][o], both laid out by_cells(). The sum of a block is
+// complete before it is added: two levels of summation keep the rounding error of long rollouts low.
+template <class Operand, int kIn, int kOut>
+void accumulate(const typename Operand::Element* in, const typename Operand::Element* delta, int cells,
+                float* gradient) {
+    constexpr int per_word = Operand::per_word;
     constexpr int vectors = min(kOut / kLanes, kGradVectors);
     constexpr int rows = kGradRows * kGradVectors / vectors;
     for (int o = 0; o < kOut; o += vectors * kLanes) {
         for (int i = 0; i < kIn; i += rows) {
             Vec sums[rows][vectors] = {};
-            const float* x = in + i;
-            const float* d = delta + o;
+            const auto* x = in + i * per_word;
+            const auto* d = delta + o * per_word;
 #pragma GCC unroll 1
-            for (int cell = 0; cell < cells; cell++, x += kIn, d += kOut) {
-                Vec column[vectors];
+            for (int cell = 0; cell < cells; cell += per_word, x += kIn * per_word, d += kOut * per_word) {
+                typename Operand::Words column[vectors];
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) column[v] = load(d + v * kLanes);
+                for (int v = 0; v < vectors; v++) column[v] = Operand::words(d + v * kLanes * per_word);
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; r++) {
-                    const Vec value = broadcast(x[r]);
+                    const auto value = Operand::broadcast_word(x + r * per_word);
 #pragma GCC unroll 4
-                    for (int v = 0; v < vectors; v++) sums[r][v] += value * column[v];
+                    for (int v = 0; v < vectors; v++)
+                        sums[r][v] = Operand::multiply_add(sums[r][v], value, column[v]);
                 }
             }
 #pragma GCC unroll 16
@@ -149,45 +240,60 @@ void accumulate(const float* in, const float* delta, int cells, float* gradient)
     }
 }
 
-template <int kOut>
-void accumulate_bias(const float* delta, int cells, float* gradient) {
+template <class Operand, int kOut>
+void accumulate_bias(const typename Operand::Element* delta, int cells, float* gradient) {
     for (int o = 0; o < kOut; o += kLanes) {
         Vec sum{};
-        for (int cell = 0; cell < cells; cell++) sum += load(delta + cell * kOut + o);
+        for (int cell = 0; cell < cells; cell += Operand::per_word)
+            sum = Operand::multiply_add(sum, Operand::ones(),
+                                        Operand::words(delta + cell * kOut + o * Operand::per_word));
         store(gradient + o, load(gradient + o) + sum);
     }
 }
 
+// `back` multiplies by the transposed matrix.
+template <class Operand>
 struct Packed {
-    // Offsets into the packed weights; `back` multiplies by the transposed matrix.
-    static constexpr int w1 = 0;
-    static constexpr int w2 = w1 + kPerception * kHidden1;
-    static constexpr int w3 = w2 + kHidden1 * kHidden2;
-    static constexpr int w3_back = w3 + kHidden2 * kChannels;
-    static constexpr int w2_back = w3_back + kHidden2 * kChannels;
-    static constexpr int w1_back = w2_back + kHidden1 * kHidden2;
-    static constexpr int b1 = w1_back + kPerception * kHidden1;
-    static constexpr int b2 = b1 + kHidden1;
-    static constexpr int b3 = b2 + kHidden2;
-    static constexpr int size = b3 + kChannels;
+    using Element = typename Operand::Element;
+    alignas(64) Element w1[kPerception * kHidden1];
+    alignas(64) Element w2[kHidden1 * kHidden2];
+    alignas(64) Element w3[kHidden2 * kChannels];
+    alignas(64) Element w3_back[kHidden2 * kChannels];
+    alignas(64) Element w2_back[kHidden1 * kHidden2];
+    alignas(64) Element w1_back[kPerception * kHidden1];
+    alignas(64) float b1[kHidden1];
+    alignas(64) float b2[kHidden2];
+    alignas(64) float b3[kChannels];
 };
 
-void pack(const Weights& weights, float* packed) {
+template <class Operand>
+const Packed<Operand>& unpack(const float* packed) {
+    return *reinterpret_cast<const Packed<Operand>*>(packed);
+}
+
+template <class Operand>
+void pack(const Weights& weights, float* memory) {
+    Packed<Operand>& packed = *reinterpret_cast<Packed<Operand>*>(memory);
     const float *w1 = weights.w1, *w2 = weights.w2, *w3 = weights.w3;
-    pack_panels<kPerception, kHidden1>(packed + Packed::w1, [=](int i, int o) { return w1[o * kPerception + i]; });
-    pack_panels<kHidden1, kHidden2>(packed + Packed::w2, [=](int i, int o) { return w2[o * kHidden1 + i]; });
-    pack_panels<kHidden2, kChannels>(packed + Packed::w3, [=](int i, int o) { return w3[o * kHidden2 + i]; });
-    pack_panels<kChannels, kHidden2>(packed + Packed::w3_back, [=](int o, int i) { return w3[o * kHidden2 + i]; });
-    pack_panels<kHidden2, kHidden1>(packed + Packed::w2_back, [=](int o, int i) { return w2[o * kHidden1 + i]; });
-    pack_panels<kHidden1, kPerception>(packed + Packed::w1_back,
-                                       [=](int o, int i) { return w1[o * kPerception + i]; });
-    std::memcpy(packed + Packed::b1, weights.b1, kHidden1 * sizeof(float));
-    std::memcpy(packed + Packed::b2, weights.b2, kHidden2 * sizeof(float));
-    std::memcpy(packed + Packed::b3, weights.b3, kChannels * sizeof(float));
+    pack_panels<Operand, kPerception, kHidden1>(packed.w1, [=](int i, int o) { return w1[o * kPerception + i]; });
+    pack_panels<Operand, kHidden1, kHidden2>(packed.w2, [=](int i, int o) { return w2[o * kHidden1 + i]; });
+    pack_panels<Operand, kHidden2, kChannels>(packed.w3, [=](int i, int o) { return w3[o * kHidden2 + i]; });
+    pack_panels<Operand, kChannels, kHidden2>(packed.w3_back, [=](int o, int i) { return w3[o * kHidden2 + i]; });
+    pack_panels<Operand, kHidden2, kHidden1>(packed.w2_back, [=](int o, int i) { return w2[o * kHidden1 + i]; });
+    pack_panels<Operand, kHidden1, kPerception>(packed.w1_back, [=](int o, int i) { return w1[o * kPerception + i]; });
+    std::memcpy(packed.b1, weights.b1, sizeof(packed.b1));
+    std::memcpy(packed.b2, weights.b2, sizeof(packed.b2));
+    std::memcpy(packed.b3, weights.b3, sizeof(packed.b3));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Scratch memory of a thread
+
+#if defined(__AVX512BF16__)
+constexpr int kMaxBlock = Bf16::block;
+#else
+constexpr int kMaxBlock = Fp32::block;
+#endif
 
 struct Scratch {
     // Row strides of the planes, in floats: alpha two cells and the others one cell larger than the tile on every
@@ -200,10 +306,12 @@ struct Scratch {
     float* life;      // [height + 2][stride]: maximum of alpha over 3x3
     int32_t* winner;  // [height + 2][stride]: where in the 3x3 window that maximum is first, 0...8
     float* life_gradient;  // [height + 2][stride]
-    float* perception;     // [kBlock][64]
-    float* hidden1;        // [kBlock][128]
-    float* hidden2;        // [kBlock][64]
-    float* update;         // [kBlock][16]
+    float* perception;     // [kMaxBlock][64], these of any operand
+    float* hidden1;        // [kMaxBlock][128]
+    float* hidden2;        // [kMaxBlock][64]
+    float* update;         // [kMaxBlock][16]
+    float* inputs_by_cells;  // [kMaxBlock][128]
+    float* deltas_by_cells;  // [kMaxBlock][128]
     size_t size;
 
     Scratch(int height, int width, float* base) : size(0) {
@@ -211,15 +319,17 @@ struct Scratch {
         const int extended = (height + 2) * (width + 2) * kChannels;
         state = take(base, extended);
         gradient = take(base, extended);
-        delta = take(base, (height * width + kBlock) * kChannels);
+        delta = take(base, (height * width + kMaxBlock) * kChannels);
         alpha = take(base, (height + 4) * stride);
         life = take(base, (height + 2) * stride);
         winner = reinterpret_cast<int32_t*>(take(base, (height + 2) * stride));
         life_gradient = take(base, (height + 2) * stride);
-        perception = take(base, kBlock * kPerception);
-        hidden1 = take(base, kBlock * kHidden1);
-        hidden2 = take(base, kBlock * kHidden2);
-        update = take(base, kBlock * kChannels);
+        perception = take(base, kMaxBlock * kPerception);
+        hidden1 = take(base, kMaxBlock * kHidden1);
+        hidden2 = take(base, kMaxBlock * kHidden2);
+        update = take(base, kMaxBlock * kChannels);
+        inputs_by_cells = take(base, kMaxBlock * kHidden1 / 2);
+        deltas_by_cells = take(base, kMaxBlock * kHidden1 / 2);
     }
 
 private:
@@ -348,7 +458,8 @@ FASTNCA_INLINE void for_runs(const Tile& tile, int begin, int cells, const Body&
 
 // state: the first cell of the run in the extended tile. All stencils are products of column and row filters, so that
 // the column filters (1 2 1) and (-1 0 1) serve all three, and three neighbouring cells.
-void perceive(const float* state, int row_floats, int length, float* out) {
+template <class Operand>
+void perceive(const float* state, int row_floats, int length, typename Operand::Element* out) {
     for (int v = 0; v < kCellVectors; v++) {
         const float* cell = state + v * kLanes;
         const auto smooth = [=](const float* p) {
@@ -357,14 +468,14 @@ void perceive(const float* state, int row_floats, int length, float* out) {
         const auto slope = [=](const float* p) { return load(p + row_floats) - load(p - row_floats); };
         Vec smooth0 = smooth(cell - kChannels), smooth1 = smooth(cell);
         Vec slope0 = slope(cell - kChannels), slope1 = slope(cell);
-        float* p = out + v * kLanes;
+        auto* p = out + v * kLanes;
         for (int x = 0; x < length; x++, cell += kChannels, p += kPerception) {
             const Vec smooth2 = smooth(cell + kChannels), slope2 = slope(cell + kChannels);
             const Vec centre = load(cell);
-            store(p, centre);
-            store(p + kChannels, smooth2 - smooth0);
-            store(p + 2 * kChannels, slope0 + 2.0f * slope1 + slope2);
-            store(p + 3 * kChannels, smooth0 + 2.0f * smooth1 + smooth2 - 16.0f * centre);
+            Operand::store(p, centre);
+            Operand::store(p + kChannels, smooth2 - smooth0);
+            Operand::store(p + 2 * kChannels, slope0 + 2.0f * slope1 + slope2);
+            Operand::store(p + 3 * kChannels, smooth0 + 2.0f * smooth1 + smooth2 - 16.0f * centre);
             smooth0 = smooth1, smooth1 = smooth2;
             slope0 = slope1, slope1 = slope2;
         }
@@ -408,38 +519,50 @@ void perceive_back(const float* perception, const float* direct, int length, flo
 // ---------------------------------------------------------------------------------------------------------------
 // The update network over a block
 
-void hidden_layers(const float* packed, int cells, const Scratch& scratch) {
-    float* hidden1 = scratch.hidden1;
-    float* hidden2 = scratch.hidden2;
-    product<kPerception, kHidden1>(
-        scratch.perception, packed + Packed::w1, packed + Packed::b1, cells,
-        [=](int cell, int o, Vec sums) { store(hidden1 + cell * kHidden1 + o, relu(sums)); });
-    product<kHidden1, kHidden2>(
-        hidden1, packed + Packed::w2, packed + Packed::b2, cells,
-        [=](int cell, int o, Vec sums) { store(hidden2 + cell * kHidden2 + o, relu(sums)); });
-}
+// A block's intermediates as the operands they are stored as.
+template <class Operand>
+struct Block {
+    using Element = typename Operand::Element;
+    Element *perception, *hidden1, *hidden2;
 
-void perceive_block(const Tile& tile, int begin, int cells, const Scratch& scratch) {
+    explicit Block(const Scratch& scratch)
+        : perception(reinterpret_cast<Element*>(scratch.perception)),
+          hidden1(reinterpret_cast<Element*>(scratch.hidden1)),
+          hidden2(reinterpret_cast<Element*>(scratch.hidden2)) {}
+};
+
+// From the extended state in the scratch memory to the last hidden layer.
+template <class Operand>
+void hidden_layers(const Packed<Operand>& packed, const Tile& tile, int begin, int cells, const Scratch& scratch) {
+    const Block<Operand> block(scratch);
     const int row_floats = (tile.width + 2) * kChannels;
     for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
-        perceive(scratch.state + (y + 1) * row_floats + (x + 1) * kChannels, row_floats, length,
-                 scratch.perception + done * kPerception);
+        perceive<Operand>(scratch.state + (y + 1) * row_floats + (x + 1) * kChannels, row_floats, length,
+                          block.perception + done * kPerception);
     });
+    product<Operand, kPerception, kHidden1>(
+        block.perception, packed.w1, packed.b1, cells,
+        [=](int cell, int o, Vec sums) { Operand::store(block.hidden1 + cell * kHidden1 + o, relu(sums)); });
+    product<Operand, kHidden1, kHidden2>(
+        block.hidden1, packed.w2, packed.b2, cells,
+        [=](int cell, int o, Vec sums) { Operand::store(block.hidden2 + cell * kHidden2 + o, relu(sums)); });
 }
 
+template <class Operand>
 void step(const StepTask& task, const Tile& tile, float* memory) {
+    const Packed<Operand>& packed = unpack<Operand>(task.packed);
     const Scratch scratch(tile.height, tile.width, memory);
+    const Block<Operand> block(scratch);
     const Grid& grid = *tile.grid;
     const int row_floats = (tile.width + 2) * kChannels;
     read_state(task.from, task.masked, tile, scratch);
     const int total = tile.height * tile.width;
-    for (int begin = 0; begin < total; begin += kBlock) {
-        const int cells = min(kBlock, total - begin);
-        perceive_block(tile, begin, cells, scratch);
-        hidden_layers(task.packed, cells, scratch);
+    for (int begin = 0; begin < total; begin += Operand::block) {
+        const int cells = min(Operand::block, total - begin);
+        hidden_layers(packed, tile, begin, cells, scratch);
         float* update = scratch.update;
-        product<kHidden2, kChannels>(
-            scratch.hidden2, task.packed + Packed::w3, task.packed + Packed::b3, cells,
+        product<Operand, kHidden2, kChannels>(
+            block.hidden2, packed.w3, packed.b3, cells,
             [=](int cell, int o, Vec sums) { store(update + cell * kChannels + o, sums); });
         for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
             const float* state = scratch.state + (y + 1) * row_floats + (x + 1) * kChannels;
@@ -543,7 +666,9 @@ void copy_gradient(const Tile& tile, const Scratch& scratch) {
                     tile.width * kChannels * sizeof(float));
 }
 
+template <class Operand>
 void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradients, float* memory) {
+    const Packed<Operand>& packed = unpack<Operand>(task.packed);
     const Scratch scratch(tile.height, tile.width, memory);
     const int row_floats = (tile.width + 2) * kChannels;
     gather_gradient(task.gradient_to, task.tiles, tile, scratch);
@@ -555,40 +680,53 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
     float* out = task.gradient_from + tile.extended_before * kChannels;
     std::memset(out, 0, extended_cells(tile) * kChannels * sizeof(float));
 
-    float* perception = scratch.perception;
-    float* hidden1 = scratch.hidden1;
-    float* hidden2 = scratch.hidden2;
+    const Block<Operand> block(scratch);
     const int total = tile.height * tile.width;
-    for (int begin = 0; begin < total; begin += kBlock) {
-        const int cells = min(kBlock, total - begin);
-        const float* delta = scratch.delta + begin * kChannels;
-        perceive_block(tile, begin, cells, scratch);
-        hidden_layers(task.packed, cells, scratch);
+    for (int begin = 0; begin < total; begin += Operand::block) {
+        const int cells = min(Operand::block, total - begin);
+        float* delta_floats = scratch.delta + begin * kChannels;
+        hidden_layers(packed, tile, begin, cells, scratch);
+        // A word may reach one cell further: that cell must add nothing, whatever its memory held.
+        const int whole_words = round_up(cells, Operand::per_word);
+        for (int cell = cells; cell < whole_words; cell++) {
+            std::memset(delta_floats + cell * kChannels, 0, kChannels * sizeof(float));
+            std::memset(block.perception + cell * kPerception, 0, kPerception * sizeof(block.perception[0]));
+            std::memset(block.hidden1 + cell * kHidden1, 0, kHidden1 * sizeof(block.hidden1[0]));
+            std::memset(block.hidden2 + cell * kHidden2, 0, kHidden2 * sizeof(block.hidden2[0]));
+        }
 
-        // Each layer's gradient takes the place of its output once that has been used; relu passes the gradient
-        // where its output is not zero.
-        accumulate<kHidden2, kChannels>(hidden2, delta, cells, gradients.w3);
-        accumulate_bias<kChannels>(delta, cells, gradients.b3);
-        product<kChannels, kHidden2>(delta, task.packed + Packed::w3_back, nullptr, cells,
-                                     [=](int cell, int i, Vec sums) {
-                                         float* h = hidden2 + cell * kHidden2 + i;
-                                         store(h, load(h) <= 0.0f ? Vec{} : sums);
-                                     });
-        accumulate<kHidden1, kHidden2>(hidden1, hidden2, cells, gradients.w2);
-        accumulate_bias<kHidden2>(hidden2, cells, gradients.b2);
-        product<kHidden2, kHidden1>(hidden2, task.packed + Packed::w2_back, nullptr, cells,
-                                    [=](int cell, int i, Vec sums) {
-                                        float* h = hidden1 + cell * kHidden1 + i;
-                                        store(h, load(h) <= 0.0f ? Vec{} : sums);
-                                    });
-        accumulate<kPerception, kHidden1>(perception, hidden1, cells, gradients.w1);
-        accumulate_bias<kHidden1>(hidden1, cells, gradients.b1);
-        product<kHidden1, kPerception>(
-            hidden1, task.packed + Packed::w1_back, nullptr, cells,
+        // Each layer's gradient takes the place of its output once that has been used.
+        const auto* delta = Operand::convert(delta_floats, whole_words * kChannels, scratch.update);
+        const auto* inputs = Operand::template by_cells<kHidden2>(block.hidden2, cells, scratch.inputs_by_cells);
+        const auto* deltas = Operand::template by_cells<kChannels>(delta, cells, scratch.deltas_by_cells);
+        accumulate<Operand, kHidden2, kChannels>(inputs, deltas, cells, gradients.w3);
+        accumulate_bias<Operand, kChannels>(deltas, cells, gradients.b3);
+        product<Operand, kChannels, kHidden2>(delta, packed.w3_back, nullptr, cells, [=](int cell, int i, Vec sums) {
+            auto* hidden = block.hidden2 + cell * kHidden2 + i;
+            Operand::store(hidden, Operand::gate(hidden, sums));
+        });
+
+        inputs = Operand::template by_cells<kHidden1>(block.hidden1, cells, scratch.inputs_by_cells);
+        deltas = Operand::template by_cells<kHidden2>(block.hidden2, cells, scratch.deltas_by_cells);
+        accumulate<Operand, kHidden1, kHidden2>(inputs, deltas, cells, gradients.w2);
+        accumulate_bias<Operand, kHidden2>(deltas, cells, gradients.b2);
+        product<Operand, kHidden2, kHidden1>(block.hidden2, packed.w2_back, nullptr, cells,
+                                             [=](int cell, int i, Vec sums) {
+                                                 auto* hidden = block.hidden1 + cell * kHidden1 + i;
+                                                 Operand::store(hidden, Operand::gate(hidden, sums));
+                                             });
+
+        inputs = Operand::template by_cells<kPerception>(block.perception, cells, scratch.inputs_by_cells);
+        deltas = Operand::template by_cells<kHidden1>(block.hidden1, cells, scratch.deltas_by_cells);
+        accumulate<Operand, kPerception, kHidden1>(inputs, deltas, cells, gradients.w1);
+        accumulate_bias<Operand, kHidden1>(deltas, cells, gradients.b1);
+        float* perception = scratch.perception;
+        product<Operand, kHidden1, kPerception>(
+            block.hidden1, packed.w1_back, nullptr, cells,
             [=](int cell, int i, Vec sums) { store(perception + cell * kPerception + i, sums); });
 
         for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
-            perceive_back(perception + done * kPerception, delta + done * kChannels, length,
+            perceive_back(perception + done * kPerception, delta_floats + done * kChannels, length,
                           out + (y + 1) * row_floats + (x + 1) * kChannels, row_floats);
         });
     }
@@ -602,21 +740,38 @@ void read_gradient(const float* gradient, const Tile* tiles, const Tile& tile, f
 
 // ---------------------------------------------------------------------------------------------------------------
 
+template <class Operand>
 double multiply_adds(int64_t rounds) {
-    constexpr int kSums = 12;  // more than latency x throughput of any processor's units
+    constexpr int kSums = 24;  // more than latency x throughput of any processor's units
+    using Element = typename Operand::Element;
     volatile float unknown = 0.5f;
-    const Vec factor = broadcast(unknown);
+    Element elements[kLanes * Operand::per_word];
+    for (Element& element : elements) element = Operand::convert(unknown);
+    const auto factor = Operand::words(elements);
     Vec sums[kSums];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kSums; i++) sums[i] = broadcast(unknown);
 #pragma GCC unroll 1
     for (int64_t round = 0; round < rounds; round++)
-#pragma GCC unroll 12
-        for (int i = 0; i < kSums; i++) sums[i] = sums[i] * factor + factor;
+#pragma GCC unroll 24
+        for (int i = 0; i < kSums; i++) sums[i] = Operand::multiply_add(sums[i], factor, factor);
     for (int i = 1; i < kSums; i++) sums[0] += sums[i];
     unknown = sums[0][0];
-    return 2.0 * kLanes * kSums * double(rounds);
+    return 2.0 * kLanes * Operand::per_word * kSums * double(rounds);
 }
+
+template <class Operand>
+constexpr PrecisionKernels precision_kernels() {
+    return {sizeof(Packed<Operand>) / sizeof(float), pack<Operand>, step<Operand>, backward<Operand>,
+            multiply_adds<Operand>};
+}
+
+#if defined(__AVX512BF16__)
+constexpr PrecisionKernels bf16_kernels = precision_kernels<Bf16>();
+constexpr const PrecisionKernels* bf16 = &bf16_kernels;
+#else
+constexpr const PrecisionKernels* bf16 = nullptr;
+#endif
 
 #define FASTNCA_STRING(x) #x
 #define FASTNCA_NAME(x) FASTNCA_STRING(x)
@@ -624,8 +779,8 @@ double multiply_adds(int64_t rounds) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTNCA_NAME(FASTNCA_ISA), Packed::size, pack, scratch_floats, step, read, backward,
-                         read_gradient, multiply_adds};
+const Kernels kernels = {FASTNCA_NAME(FASTNCA_ISA), scratch_floats, read, read_gradient, precision_kernels<Fp32>(),
+                         bf16};
 
 }  // namespace FASTNCA_ISA
 }  // namespace fastnca

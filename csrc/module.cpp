@@ -12,18 +12,19 @@ namespace {
 
 using namespace fastnca;
 
-// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, threads
-#define PROBLEM_FORMAT "(nnnnn)nnpi"
+// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, bf16, threads
+#define PROBLEM_FORMAT "(nnnnn)nnppi"
 #define PROBLEM_TARGETS(p)                                                                                   \
     &p.batch, &p.height[0], &p.width[0], &p.height[1], &p.width[1], &p.num_steps, &p.save_every, &p.life_mask, \
-        &p.threads
+        &p.bf16, &p.threads
 
 struct ParsedProblem {
     Py_ssize_t batch, height[2], width[2], num_steps, save_every;
-    int life_mask, threads;
+    int life_mask, bf16, threads;
 
     Problem problem() const {
-        return {batch, {height[0], height[1]}, {width[0], width[1]}, num_steps, save_every, life_mask != 0, threads};
+        return {batch,     {height[0], height[1]}, {width[0], width[1]}, num_steps,
+                save_every, life_mask != 0,         bf16 != 0,            threads};
     }
 };
 
@@ -37,6 +38,12 @@ Weights weights_at(const unsigned long long (&a)[6]) {
             address<const float>(a[3]), address<const float>(a[4]), address<const float>(a[5])};
 }
 
+bool can_multiply(int bf16) {
+    if (!bf16 || active_kernels().bf16) return true;
+    PyErr_Format(PyExc_ValueError, "the kernels '%s' have no bf16 products", active_kernels().name);
+    return false;
+}
+
 PyObject* finished(bool success) {
     if (!success) return PyErr_NoMemory();
     Py_RETURN_NONE;
@@ -48,6 +55,7 @@ PyObject* py_rollout(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "(KKKKKK)(KK)(KK)K", PROBLEM_TARGETS(parsed), &w[0], &w[1], &w[2],
                           &w[3], &w[4], &w[5], &initial[0], &initial[1], &final[0], &final[1], &states))
         return nullptr;
+    if (!can_multiply(parsed.bf16)) return nullptr;
     const float* const inputs[2] = {address<const float>(initial[0]), address<const float>(initial[1])};
     float* const outputs[2] = {address<float>(final[0]), address<float>(final[1])};
     bool success;
@@ -65,6 +73,7 @@ PyObject* py_rollout_backward(PyObject*, PyObject* args) {
                           &gradient_initial[0], &gradient_initial[1], &gw[0], &gw[1], &gw[2], &gw[3], &gw[4],
                           &gw[5]))
         return nullptr;
+    if (!can_multiply(parsed.bf16)) return nullptr;
     const float* const inputs[2] = {address<const float>(gradient_final[0]), address<const float>(gradient_final[1])};
     float* const outputs[2] = {address<float>(gradient_initial[0]), address<float>(gradient_initial[1])};
     float* const weight_outputs[6] = {address<float>(gw[0]), address<float>(gw[1]), address<float>(gw[2]),
@@ -76,6 +85,8 @@ PyObject* py_rollout_backward(PyObject*, PyObject* args) {
     Py_END_ALLOW_THREADS
     return finished(success);
 }
+
+PyObject* has_bf16(PyObject*, PyObject*) { return PyBool_FromLong(active_kernels().bf16 != nullptr); }
 
 PyObject* capability(PyObject*, PyObject*) { return PyUnicode_FromString(active_kernels().name); }
 
@@ -113,11 +124,11 @@ PyObject* set_capability(PyObject*, PyObject* args) {
 }
 
 PyObject* py_peak_flops(PyObject*, PyObject* args) {
-    int threads;
-    if (!PyArg_ParseTuple(args, "i", &threads)) return nullptr;
+    int threads, bf16 = 0;
+    if (!PyArg_ParseTuple(args, "i|p", &threads, &bf16) || !can_multiply(bf16)) return nullptr;
     double flops;
     Py_BEGIN_ALLOW_THREADS
-    flops = peak_flops(threads);
+    flops = peak_flops(threads, bf16 != 0);
     Py_END_ALLOW_THREADS
     return PyFloat_FromDouble(flops);
 }
@@ -129,7 +140,8 @@ PyMethodDef methods[] = {
     {"capability", capability, METH_NOARGS, "name of the instruction set in use"},
     {"capabilities", capabilities, METH_NOARGS, "names of the instruction sets that this processor can run, best last"},
     {"set_capability", set_capability, METH_VARARGS, "use the named instruction set; '' for the best"},
-    {"peak_flops", py_peak_flops, METH_VARARGS, "measured multiply-add peak of n threads, in FLOP/s"},
+    {"has_bf16", has_bf16, METH_NOARGS, "whether the instruction set in use has bf16 products"},
+    {"peak_flops", py_peak_flops, METH_VARARGS, "measured multiply-add peak of n threads (bf16=False), in FLOP/s"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -178,16 +178,17 @@ void transpose(const float* in, int rows, int columns, float* out) {
 bool rollout(const Problem& problem, const Weights& weights, const float* const initial[2], float* const final[2],
              float* states) try {
     const Kernels& kernels = active_kernels();
+    const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
     const SavedStates saved{problem.num_steps, problem.save_every, plan.state_floats()};
     const int threads = plan.threads(problem, problem.num_steps);
     const int64_t scratch_floats = plan.scratch_floats(kernels);
-    const Buffer packed = allocate(int64_t(kernels.packed_floats));
+    const Buffer packed = allocate(int64_t(network.packed_floats));
     const Buffer scratch = allocate(scratch_floats * threads);
     const bool all_saved = states && problem.save_every == 1;
     const Buffer unsaved = allocate(all_saved ? 0 : 2 * plan.state_floats());
     if (states) advise_huge_pages(states, size_t((saved.last() + 1) * saved.floats) * sizeof(float));
-    kernels.pack(weights, packed.get());
+    network.pack(weights, packed.get());
 
     const float* const inputs[2] = {initial[0], initial[1]};
     float* const outputs[2] = {final[0], final[1]};
@@ -202,7 +203,7 @@ bool rollout(const Problem& problem, const Weights& weights, const float* const 
         member.for_each(plan.num_tiles(), [&](int64_t i) { load_planar(plan, i, inputs, state(0)); });
         for (int64_t s = 0; s < problem.num_steps; s++) {
             const StepTask task{packed.get(), state(s), masked(s), state(s + 1)};
-            member.for_each(plan.num_tiles(), [&](int64_t i) { kernels.step(task, plan.tiles[i], memory); });
+            member.for_each(plan.num_tiles(), [&](int64_t i) { network.step(task, plan.tiles[i], memory); });
         }
         const int64_t last = problem.num_steps;
         member.for_each(plan.num_tiles(), [&](int64_t i) {
@@ -218,19 +219,20 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
                       const float* const gradient_final[2], float* const gradient_initial[2],
                       float* const gradient_weights[6]) try {
     const Kernels& kernels = active_kernels();
+    const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
     const SavedStates saved{problem.num_steps, problem.save_every, plan.state_floats()};
     const int threads = plan.threads(problem, 3 * problem.num_steps);
     const int64_t scratch_floats = plan.scratch_floats(kernels);
     const int64_t segment = std::min(problem.save_every, problem.num_steps);
     const int64_t num_groups = std::min(plan.num_tiles(), kMaxGroups);
-    const Buffer packed = allocate(int64_t(kernels.packed_floats));
+    const Buffer packed = allocate(int64_t(network.packed_floats));
     const Buffer scratch = allocate(scratch_floats * threads);
     const Buffer replayed = allocate((segment - 1) * plan.state_floats());
     const Buffer gradients = allocate(2 * plan.extended * kChannels);
     const Buffer group_gradients = allocate(num_groups * kGradientFloats);
     WeightGradients* groups = reinterpret_cast<WeightGradients*>(group_gradients.get());
-    kernels.pack(weights, packed.get());
+    network.pack(weights, packed.get());
 
     const float* const inputs[2] = {gradient_final[0], gradient_final[1]};
     float* const outputs[2] = {gradient_initial[0], gradient_initial[1]};
@@ -251,7 +253,7 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
             };
             for (int64_t s = begin; s + 1 < end; s++) {
                 const StepTask task{packed.get(), state(s), masked(s), const_cast<float*>(state(s + 1))};
-                member.for_each(plan.num_tiles(), [&](int64_t i) { kernels.step(task, plan.tiles[i], memory); });
+                member.for_each(plan.num_tiles(), [&](int64_t i) { network.step(task, plan.tiles[i], memory); });
             }
             for (int64_t s = end - 1; s >= begin; s--) {
                 const BackwardTask task{packed.get(), plan.tiles.data(), state(s), masked(s), state(s + 1),
@@ -259,7 +261,7 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
                 member.for_each(num_groups, [&](int64_t g) {
                     const int64_t last = plan.num_tiles() * (g + 1) / num_groups;
                     for (int64_t i = plan.num_tiles() * g / num_groups; i < last; i++)
-                        kernels.backward(task, plan.tiles[i], groups[g], memory);
+                        network.backward(task, plan.tiles[i], groups[g], memory);
                 });
             }
         }
@@ -282,9 +284,9 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
     return false;
 }
 
-double peak_flops(int threads) {
+double peak_flops(int threads, bool bf16) {
     using Clock = std::chrono::steady_clock;
-    const Kernels& kernels = active_kernels();
+    const PrecisionKernels& kernels = active_kernels().of(bf16);
     std::vector<double> rates(threads, 0.0);
     Team::run(threads, [&](Team::Member& member) {
         const auto begin = Clock::now();

@@ -8,7 +8,7 @@ except ImportError as error:
     _C = None
     _import_error = error
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "bf16")
 
 
 def why_not(device, dtype, num_channels, precision):
@@ -23,6 +23,8 @@ def why_not(device, dtype, num_channels, precision):
         return f"it is compiled for 16 channels, not for {num_channels}"
     if precision not in PRECISIONS:
         return f"it knows the precisions {', '.join(PRECISIONS)}, not {precision!r}"
+    if precision == "bf16" and not _C.has_bf16():
+        return f"precision='bf16' needs the instruction set avx512_bf16, and {capability()} is in use"
     return None
 
 
@@ -31,33 +33,33 @@ def capability():
     return _C.capability()
 
 
-def _problem(mel, lin, num_steps, save_every, life_mask):
+def _problem(mel, lin, num_steps, save_every, life_mask, precision):
     sizes = (mel.shape[0], *mel.shape[2:], *lin.shape[2:])
-    return sizes, num_steps, save_every, life_mask, torch.get_num_threads()
+    return sizes, num_steps, save_every, life_mask, precision == "bf16", torch.get_num_threads()
 
 
 def _addresses(tensors):
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def rollout(mel, lin, weights, num_steps, save_every, life_mask, states):
+def rollout(mel, lin, weights, num_steps, save_every, life_mask, precision, states):
     """-> final (mel, lin). ``states`` receives every ``save_every``-th state and the last, or is None."""
     grids = [mel.contiguous(), lin.contiguous()]
     weights = [weight.contiguous() for weight in weights]
     final = [torch.empty_like(grid) for grid in grids]
-    problem = _problem(mel, lin, num_steps, save_every, life_mask)
+    problem = _problem(mel, lin, num_steps, save_every, life_mask, precision)
     saved = 0 if states is None else states.data_ptr()
     _C.rollout(*problem, _addresses(weights), _addresses(grids), _addresses(final), saved)
     return final
 
 
-def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask):
+def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask, precision):
     """-> gradients of the initial (mel, lin) and of the six parameters."""
     grads = [grad_mel.contiguous(), grad_lin.contiguous()]
     weights = [weight.contiguous() for weight in weights]
     grad_initial = [torch.empty_like(grad) for grad in grads]
     grad_weights = [torch.empty_like(weight) for weight in weights]
-    problem = _problem(grad_mel, grad_lin, num_steps, save_every, life_mask)
+    problem = _problem(grad_mel, grad_lin, num_steps, save_every, life_mask, precision)
     _C.rollout_backward(
         *problem,
         _addresses(weights),

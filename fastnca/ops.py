@@ -91,7 +91,7 @@ def rollout_op(
     states = _new_states(mel, lin, num_steps, save_every)
     weights = (w1, b1, w2, b2, w3, b3)
     saved = states if save_every else None
-    final_mel, final_lin = _cpu.rollout(mel, lin, weights, num_steps, max(save_every, 1), life_mask, saved)
+    final_mel, final_lin = _cpu.rollout(mel, lin, weights, num_steps, max(save_every, 1), life_mask, precision, saved)
     return final_mel, final_lin, states
 
 
@@ -120,7 +120,8 @@ def rollout_backward_op(
     """-> gradients of the initial mel and lin and of w1, b1, w2, b2, w3, b3."""
     _require_cpu_kernels(precision)
     weights = (w1, b1, w2, b2, w3, b3)
-    return tuple(_cpu.rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask))
+    options = num_steps, save_every, life_mask, precision
+    return tuple(_cpu.rollout_backward(grad_mel, grad_lin, states, weights, *options))
 
 
 @rollout_backward_op.register_fake

@@ -197,6 +197,111 @@ def test_special_values_spread_as_in_the_reference(capability, value, channel):
         torch.testing.assert_close(actual, target, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+class RoundedProduct(torch.autograd.Function):
+    """A 1x1 convolution whose three products, value and both gradients, take operands rounded to bf16."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        x, weight = x.bfloat16().to(x.dtype), weight.bfloat16().to(weight.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.bfloat16().to(grad.dtype)
+        grad_weight = torch.einsum("nohw,nihw->oi", grad, x)[..., None, None]
+        return torch.einsum("nohw,oi->nihw", grad, weight[..., 0, 0]), grad_weight, grad.sum((0, 2, 3))
+
+
+class RoundedF:
+    relu, max_pool2d = F.relu, F.max_pool2d
+
+    @staticmethod
+    def conv2d(x, weight, *args, **kwargs):
+        return F.conv2d(x, weight, *args, **kwargs) if kwargs else RoundedProduct.apply(x, weight, *args)
+
+
+@pytest.fixture
+def bf16():
+    if not _cpu._C.has_bf16():
+        pytest.skip("the processor has no AVX512-BF16")
+
+
+@pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)
+def test_bf16_rounds_operands_and_nothing_else(bf16, monkeypatch, sizes, life_mask):
+    problem = make_problem(sizes, num_steps=2, life_mask=life_mask)
+    actual = run(lambda *x: ops.rollout(*x, 2, life_mask=life_mask, precision="bf16"), *problem)
+    exact = run(reference_rollout(2, life_mask), *problem, dtype=torch.float64)
+    monkeypatch.setattr(reference, "F", RoundedF)
+    judge = run(reference_rollout(2, life_mask), *problem, dtype=torch.float64)
+    for name, expected in judge.items():
+        error, rounding = ((x[name] - expected).norm() / expected.norm() for x in (actual, exact))
+        # A float32 sum that falls on the other side of a rounding border than its float64 twin moves by a bf16 unit.
+        assert error < 0.25 * rounding, f"{name}: error {error:.2e}, of the rounding itself {rounding:.2e}"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bf16_does_not_depend_on_threads_or_checkpoints(bf16, num_threads, threads):
+    problem = make_problem(((33, 70), (50, 41)), num_steps=1, n=2)
+    num_threads(1)
+    alone = run(lambda *x: ops.rollout(*x, 4, precision="bf16"), *problem)
+    num_threads(threads)
+    team = run(lambda *x: ops.rollout(*x, 4, checkpoint_every=3, precision="bf16"), *problem)
+    for name in alone:
+        assert torch.equal(team[name], alone[name]), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_bf16_spreads_special_values_as_the_reference(bf16, value):
+    generator = torch.Generator().manual_seed(4)
+    weights = make_weights(generator)
+    grids = [make_grid(generator, 1, *size) for size in ((9, 12), (6, 70))]
+    for grid in grids:
+        grid[0, 7, 4, 5] = value
+    with torch.no_grad():
+        fused = ops.rollout(*grids, weights, 1, precision="bf16")
+        expected = reference_rollout(1)(*grids, weights)
+    for actual, target in zip(fused, expected):
+        assert torch.equal(actual.isfinite(), target.isfinite())
+
+
+def test_bf16_learns_as_fp32_does(bf16):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        generator = torch.Generator().manual_seed(5)
+        weights = [w.requires_grad_() for w in make_weights(generator)]
+        with torch.no_grad():
+            weights[4] *= 0.1
+        grids = [make_grid(generator, 1, *size) for size in ((12, 16), (20, 16))]
+        targets = [torch.randn(grid[:, 0].shape, generator=generator) * 0.1 for grid in grids]
+        optimizer = torch.optim.Adam(weights, lr=2e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            outputs = ops.rollout(*grids, weights, 8, precision=precision)
+            loss = sum((x[:, 0] - y).abs().mean() for x, y in zip(outputs, targets))
+            loss.backward()
+            optimizer.step()
+            losses.setdefault(precision, []).append(loss.item())
+    assert losses["fp32"][-1] < 0.5 * losses["fp32"][0]
+    assert abs(losses["bf16"][-1] / losses["fp32"][-1] - 1) < 0.05
+
+
+def test_bf16_is_refused_without_its_instructions(capability):
+    reason = _cpu.why_not(torch.device("cpu"), torch.float32, 16, "bf16")
+    if capability == "avx512_bf16":
+        assert reason is None
+        return
+    assert reason == f"precision='bf16' needs the instruction set avx512_bf16, and {capability} is in use"
+    grids = [torch.zeros(1, 16, 2, 2)] * 2
+    weights = [torch.zeros(shape) for shape in ops._WEIGHT_SHAPES]
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: precision='bf16' needs"):
+        ops.rollout(*grids, weights, 1, precision="bf16")
+    with pytest.raises(ValueError, match="have no bf16 products"):
+        _cpu._C.peak_flops(1, True)
+
+
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no kernels named 'mmx'"):
         _cpu._C.set_capability("mmx")

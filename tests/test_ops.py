@@ -35,6 +35,12 @@ def test_opcheck(save_every):
     torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, save_every, True, "fp32"))
 
 
+@pytest.mark.skipif(not _cpu._C.has_bf16(), reason="the processor has no AVX512-BF16")
+def test_opcheck_bf16():
+    mel, lin, weights = make_inputs()
+    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, 2, True, "bf16"))
+
+
 def test_opcheck_backward():
     mel, lin, weights = make_inputs(requires_grad=False)
     states = ops.rollout_op(mel, lin, *weights, 3, 2, True, "fp32")[2]

@@ -1,0 +1,5 @@
+"""What fastnca costs, beside what the same automaton costs elsewhere.
+
+``python -m benchmarks.cpu`` writes the README's tables, ``python -m benchmarks.curves`` compares training curves, and
+``pytest benchmarks`` is a quick look at the speed of one step.
+"""
