@@ -25,6 +25,7 @@ class Recipe:
 
     learning_rate: float
     coordinates: tuple = ()  # of the initial grids, see DualSpecTNCA
+    stencil_gain: float = 1.0  # on the initial weights that see the stencils, whose output is larger than the state
     cosine_decay: bool = False  # of the learning rate over the whole budget
     normalize_gradients: bool = False  # each parameter's gradient to unit norm before Adam
     active_cells_only: bool = False  # only where the target is above ACTIVE_DB, as the notebook
@@ -55,8 +56,10 @@ RECIPES = {
             ("sin", "t", 1),
             ("cos", "t", 1),
         ),
+        stencil_gain=1 / 8,  # the sum of a Sobel stencil's positive weights is 4, of the Laplacian's 12
         cosine_decay=True,
         normalize_gradients=True,
+        linear_weight=2.0,
         magnitude_weight=20.0,
     ),
 }
@@ -108,6 +111,8 @@ class Trainer:
             backend=backend,
             coordinates=recipe.coordinates,
         ).to(device)
+        with torch.no_grad():
+            self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
         self.perceptual_loss = PerceptualLoss(device).requires_grad_(False) if recipe.gram_weight else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
         self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
