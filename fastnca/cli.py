@@ -131,7 +131,7 @@ def generate(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The wav file to write.")] = None,
     frames: Annotated[int | None, typer.Option(help="Time frames to grow, 256 samples each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to grow for.")] = None,
-    vocoder: Vocoder = "auto",
+    vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = "auto",
 ):

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -196,25 +197,17 @@ class Run:
 
     def _train(self, interrupted):
         trainer = self.trainer
-        columns = (
-            TextColumn("growing"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}% {task.description}"),
-        )
+        columns = (BarColumn(12), TextColumn("{task.percentage:3.0f}% {task.description}"))
         writer = self._tensorboard_writer()
         with Progress(*columns, console=self.console) as bar:
-            started_epoch, started_seconds = trainer.epoch, trainer.seconds
             task = bar.add_task("first epoch", total=1.0, completed=trainer.progress)
             while trainer.progress < 1.0 and not interrupted.is_set():
                 row = trainer.train_epoch()
                 self.losses.append(row)
-                pace = (trainer.seconds - started_seconds) / (trainer.epoch - started_epoch)
                 left = trainer.seconds * (1.0 / trainer.progress - 1.0)
-                line = (
-                    f"epoch {trainer.epoch}: loss {row['loss']:.2f} (mel {row['mel_loss']:.2f}, "
-                    f"linear {row['linear_loss']:.2f}), {pace:.2f} s per epoch"
-                )
-                bar.update(task, completed=trainer.progress, description=f"{line}, {left / 60:.1f} min left")
+                losses = f"loss {row['loss']:.2f} (mel {row['mel_loss']:.2f}, linear {row['linear_loss']:.2f})"
+                line = f"epoch {trainer.epoch}: {losses}, {left / 60:.1f} min left"
+                bar.update(task, completed=trainer.progress, description=line)
                 if writer:
                     for name in ("loss", "mel_loss", "linear_loss", "learning_rate"):
                         writer.add_scalar(name, row[name], trainer.epoch)
@@ -258,6 +251,8 @@ class Run:
             "linear_ref_db": self.target.linear_ref_db,
             "n_frames": self.target.n_frames,
             "num_steps": self.recipe.num_steps,
+            "vocoder": self.settings["vocoder"],
+            "bigvgan": self.settings["bigvgan"],
             "recipe": self.settings["recipe"],
             "epochs": self.trainer.epoch,
         }
@@ -272,6 +267,8 @@ class Run:
         grown = audio.DualSpectrogram(mel_db, linear_db, target.mel_ref_db, target.linear_ref_db, target.config)
         generated = self.vocoder.decode(grown)
         gain = audio.write_wav(self.out / "generated.wav", generated)
+        if gain < 1.0:
+            self.console.print(f"generated.wav would have clipped and was made {-20 * math.log10(gain):.1f} dB quieter")
         result = {
             "fastnca": __version__,
             "recipe": self.settings["recipe"],
@@ -312,13 +309,12 @@ def _stop_on_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def generate(
-    run_folder, out=None, *, n_frames=None, num_steps=None, vocoder_choice="auto", bigvgan=None, backend="auto"
-):
-    """Grow the sound of a finished run again and write it -> (path of the wav, name of the vocoder, its hint).
+def generate(run_folder, out=None, *, n_frames=None, num_steps=None, vocoder_choice=None, bigvgan=None, backend="auto"):
+    """Grow the sound of a finished run again and write it -> (path of the wav, the Vocoder that decoded it).
 
     A picture of the grown spectrograms lies beside the wav. ``out`` is by default ``generated.wav`` in the run's folder
-    or, with other frames or steps than it was trained with, a name that says them.
+    or, with other frames or steps than it was trained with, a name that says them. The vocoder is the run's own unless
+    another is asked for.
 
     Raises ValueError, TypeError, OSError for bad input, RuntimeError for a backend that cannot run here.
     """
@@ -340,8 +336,9 @@ def generate(
     out = Path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}; make it first")
-    decoder = vocoder.resolve_vocoder(vocoder_choice, bigvgan)
+    decoder = vocoder.resolve_vocoder(vocoder_choice or sound["vocoder"], bigvgan or sound["bigvgan"])
     config = audio.SpectrogramConfig(**sound["spectrogram"])
+    decoder.check(config)
     mel_db, linear_db = model.grow(*wanted)
     grown = audio.DualSpectrogram(mel_db, linear_db, sound["mel_ref_db"], sound["linear_ref_db"], config)
     audio.write_wav(out, decoder.decode(grown))

@@ -238,11 +238,18 @@ class Vocoder:
 
     def decode(self, dual):
         """DualSpectrogram -> float32 array of 256 * T samples; deterministic."""
-        if dual.config != self.config:
-            raise ValueError(f"the grids follow {dual.config}, this vocoder needs {self.config}")
+        self.check(dual.config)
         if self.model is None:
             return griffin_lim(merge_magnitudes(dual), config=dual.config)
         return decode_joined(self.model, dual)
+
+    def check(self, config):
+        """Raises ValueError if this vocoder cannot decode grids of that convention; Griffin-Lim takes any."""
+        if self.model is not None and config != self.config:
+            raise ValueError(
+                f"this BigVGAN's mel bands lie in {self.config.fmin:g}..{self.config.fmax:g} Hz and the grids' in "
+                f"{config.fmin:g}..{config.fmax:g} Hz; take the one that the grids were made for, or griffinlim"
+            )
 
 
 def resolve_vocoder(choice="auto", bigvgan=None):

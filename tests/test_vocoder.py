@@ -302,9 +302,11 @@ def test_unknown_choice():
         resolve_vocoder("wavenet")
 
 
-def test_decode_rejects_another_convention(note):
-    with pytest.raises(ValueError, match="this vocoder needs"):
-        resolve_vocoder("griffinlim").decode(analyze(note, SpectrogramConfig(fmax=8000)))
+def test_bigvgan_rejects_another_convention_and_griffin_lim_takes_it(note):
+    dual = analyze(note, SpectrogramConfig(fmax=8000))
+    with pytest.raises(ValueError, match=r"mel bands lie in 0..11025 Hz and the grids' in 0..8000 Hz"):
+        Vocoder("bigvgan", DEFAULT_CONFIG, torch.nn.Identity()).decode(dual)
+    assert len(resolve_vocoder("griffinlim").decode(dual)) == len(note)
 
 
 # ---- the hub, played by a local server
