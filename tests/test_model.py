@@ -106,6 +106,14 @@ def test_rollout_is_repeated_forward():
         assert torch.equal(one, other)
 
 
+def test_a_rollout_compiles_without_a_graph_break():
+    model = fastnca.DualSpecTNCA(n_mels=4, n_linear=5)
+    grids = model.seed(6)
+    compiled = torch.compile(model.rollout, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(*grids, num_steps=2), model.rollout(*grids, num_steps=2), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("checkpoint_every", [1, 2, 3, 7])
 def test_checkpointing_leaves_the_gradient_as_it_is(checkpoint_every):
     model = fastnca.DualSpecTNCA(n_mels=6, n_linear=9, backend="reference")
