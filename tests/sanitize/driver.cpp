@@ -97,18 +97,17 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 void test_rollouts(const Parameters& parameters, bool bf16) {
-    const Size sizes[] = {{1, 1, 1, 1, 7}, {2, 5, 3, 7, 49}, {1, 3, 130, 33, 64}, {1, 80, 8, 65, 17}};
+    const Size sizes[] = {{1, 1, 1, 1, 7}, {2, 5, 3, 7, 49}, {1, 1, 66, 33, 64}};
     for (const Size& size : sizes)
         for (const bool life_mask : {true, false}) {
             const auto alone = differentiate(size, 3, 1, life_mask, bf16, 1, parameters);
-            for (const int threads : {2, 5})
-                check(same_bits(alone, differentiate(size, 3, 2, life_mask, bf16, threads, parameters)),
-                      std::string(active_kernels().name) + ": the number of threads changes no result");
+            check(same_bits(alone, differentiate(size, 3, 2, life_mask, bf16, 3, parameters)),
+                  std::string(active_kernels().name) + ": neither threads nor replayed steps change a result");
         }
 }
 
 void test_several_callers(const Parameters& parameters, bool bf16) {
-    const Size size{1, 20, 30, 40, 50};
+    const Size size{1, 5, 30, 40, 30};
     const auto expected = differentiate(size, 2, 1, true, bf16, 2, parameters);
     std::vector<float> results[3];
     std::vector<std::thread> callers;
