@@ -177,3 +177,48 @@ def test_works_after_a_fork():
     assert receiver.poll(30), "the child hangs"
     assert receiver.recv_bytes() == expected
     child.join(30)
+
+
+class _Rollouts(torch.utils.data.Dataset):
+    """Grows a grid in the process that asks for it."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.cat([x.flatten() for x in ops.rollout(*self.inputs, 1 + index)])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
+def test_works_in_data_loader_workers():
+    rollouts = _Rollouts(make_inputs(requires_grad=False, height=40, width=50))
+    expected = [rollouts[index] for index in range(4)]
+    loader = torch.utils.data.DataLoader(
+        rollouts, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for actual, target in zip(loader, expected, strict=True):
+        assert torch.equal(actual, target)
+
+
+def test_calls_from_threads_of_different_sizes_and_gradients():
+    """Threads that differ in all they ask for, while others differentiate."""
+    problems = [make_inputs(height=height, width=width) for height, width in ((1, 1), (3, 70), (40, 9))]
+    expected = [gradients(ops.rollout(*x, 2, checkpoint_every=2), x, ones(x[:2])) for x in problems]
+    failures = []
+
+    def work(index):
+        inputs = problems[index % 3]
+        for _ in range(3):
+            actual = gradients(ops.rollout(*inputs, 2, checkpoint_every=1 + index // 3), inputs, ones(inputs[:2]))
+            if not all(torch.equal(mine, target) for mine, target in zip(actual, expected[index % 3])):
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
