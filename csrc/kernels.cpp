@@ -56,8 +56,15 @@ FASTNCA_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : 
 FASTNCA_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// NaN passes through, as in PyTorch.
+// NaN passes through, as in PyTorch. (Compilers make two instructions of the ternary operator; max returns its second
+// operand where one is NaN.)
+#if defined(__AVX512F__)
+FASTNCA_INLINE Vec relu(Vec x) { return (Vec)_mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), (__m512)x); }
+#elif defined(__AVX2__)
+FASTNCA_INLINE Vec relu(Vec x) { return (Vec)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x); }
+#else
 FASTNCA_INLINE Vec relu(Vec x) { return 0.0f > x ? Vec{} : x; }
+#endif
 FASTNCA_INLINE float clamp01(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -457,7 +464,8 @@ FASTNCA_INLINE void for_runs(const Tile& tile, int begin, int cells, const Body&
 }
 
 // state: the first cell of the run in the extended tile. All stencils are products of column and row filters, so that
-// the column filters (1 2 1) and (-1 0 1) serve all three, and three neighbouring cells.
+// the column filters (1 2 1) and (-1 0 1) serve all three, and three neighbouring cells. Products with the filters'
+// zeros are computed too: of an infinity they are NaN, as in PyTorch.
 template <class Operand>
 void perceive(const float* state, int row_floats, int length, typename Operand::Element* out) {
     for (int v = 0; v < kCellVectors; v++) {
@@ -465,7 +473,7 @@ void perceive(const float* state, int row_floats, int length, typename Operand::
         const auto smooth = [=](const float* p) {
             return load(p - row_floats) + 2.0f * load(p) + load(p + row_floats);
         };
-        const auto slope = [=](const float* p) { return load(p + row_floats) - load(p - row_floats); };
+        const auto slope = [=](const float* p) { return load(p + row_floats) - load(p - row_floats) + 0.0f * load(p); };
         Vec smooth0 = smooth(cell - kChannels), smooth1 = smooth(cell);
         Vec slope0 = slope(cell - kChannels), slope1 = slope(cell);
         auto* p = out + v * kLanes;
@@ -473,7 +481,7 @@ void perceive(const float* state, int row_floats, int length, typename Operand::
             const Vec smooth2 = smooth(cell + kChannels), slope2 = slope(cell + kChannels);
             const Vec centre = load(cell);
             Operand::store(p, centre);
-            Operand::store(p + kChannels, smooth2 - smooth0);
+            Operand::store(p + kChannels, smooth2 - smooth0 + 0.0f * smooth1);
             Operand::store(p + 2 * kChannels, slope0 + 2.0f * slope1 + slope2);
             Operand::store(p + 3 * kChannels, smooth0 + 2.0f * smooth1 + smooth2 - 16.0f * centre);
             smooth0 = smooth1, smooth1 = smooth2;

@@ -197,6 +197,21 @@ def test_special_values_spread_as_in_the_reference(capability, value, channel):
         torch.testing.assert_close(actual, target, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+def test_an_infinity_meets_the_zeros_of_the_filters(capability):
+    """Zero times infinity is NaN. With positive weights nothing else could make one."""
+    generator = torch.Generator().manual_seed(6)
+    weights = [w.abs() for w in make_weights(generator)]
+    grids = [make_grid(generator, 1, *size).abs() for size in ((9, 12), (6, 70))]
+    for grid in grids:
+        grid[0, 7, 4, 5] = float("inf")
+    with torch.no_grad():
+        fused = ops.rollout(*grids, weights, 1, life_mask=False)
+        expected = reference_rollout(1, life_mask=False)(*grids, weights)
+    for actual, target in zip(fused, expected):
+        assert target.isnan().any() and torch.equal(actual.isnan(), target.isnan())
+        assert torch.equal(actual.isinf(), target.isinf())
+
+
 class RoundedProduct(torch.autograd.Function):
     """A 1x1 convolution whose three products, value and both gradients, take operands rounded to bf16."""
 
