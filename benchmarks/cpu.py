@@ -40,8 +40,9 @@ FORWARD_FLOPS = 2 * (64 * 128 + 128 * 64 + 64 * 16)  # per cell and step
 TRAINING_FLOPS = 3 * FORWARD_FLOPS + 2 * (64 * 128 + 128 * 64)
 OURS = ("cpu-fp32", "cpu-bf16")
 PEAK = {name: name.replace("cpu", "peak") for name in OURS}
-TOLERANCE = {"cpu-bf16": 3e-2}  # of the result's norm; bf16 has 8 bits
+# Of the result's norm. bf16 has 8 bits, and gradients sum what they err by.
 DEFAULT_TOLERANCE = 1e-3
+TOLERANCE = {"cpu-bf16": 1e-1}
 
 
 def machine():
@@ -260,6 +261,7 @@ def checkpoints(bench):
                 )
                 tasks[every] = (name, every)
         results = bench.time(tasks)
+        bench.worker(name).forget_all()
         for every, result in results.items():
             rows.append(
                 {"name": name, "checkpoint_every": every or 1, **result, "ratio": result["p50"] / results[None]["p50"]}

@@ -99,8 +99,8 @@ class Jax:
     """lax.scan over the step under jit; training keeps a state per step and recomputes the rest (jax.checkpoint).
 
     The step is written in two ways, and each kind of work takes the faster one, measured here: cells as rows of
-    matrices (channels last), or as their columns (planar). Stencils are sums of shifted slices, which XLA fuses; its
-    depthwise convolution took three times as long on a CPU.
+    matrices (channels last), or as their columns (planar). Stencils are sums of shifted slices, which XLA fuses. Its
+    convolutions, depthwise or 1x1, made a step take three to ten times as long on a CPU, so none is used.
     """
 
     def __init__(self, problem):
