@@ -27,11 +27,13 @@ AMD = ("gfx90a", "gfx942", "gfx1100")
 @dataclass(frozen=True)
 class Shape:
     """How a kernel is compiled: cells per tile, warps per program, and how many of the 128 units of the first hidden
-    layer it computes at once. With all 128 the weights stay on chip; with fewer they are read again for every tile."""
+    layer it computes at once. With all 128 the weights, and in the backward pass the sums of their gradients, stay on
+    chip; with fewer they go to and from the second-level cache for every tile."""
 
     tile: tuple[int, int]
     warps: int
     chunk: int = 128
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,19 @@ def configuration(architecture, precision):
     """The fixed choice for an architecture, one of ``NVIDIA`` or ``AMD``, and a precision."""
     processors = _PROCESSORS[architecture]
     if precision == "fp32":
-        # Fused multiply-adds from registers: small tiles and slices of the weights, or the operands do not fit.
-        return Configuration(Shape((8, 8), 4, 16), Shape((8, 2), 8, 16), programs=4 * processors, groups=processors)
-    # Tensor cores. 64 cells are the height of one wgmma or tcgen05 product and leave the weights room on chip. The
-    # backward pass keeps 17,408 sums of weight gradients in registers: 68 in each of 256 threads, beside half a tile.
-    return Configuration(Shape((8, 8), 4), Shape((8, 4), 8), programs=2 * processors, groups=processors)
+        # Fused multiply-adds from registers: with larger tiles, or larger slices of the weights, operands spill.
+        step, backward = Shape((8, 8), 4, chunk=16), Shape((8, 2), 8, chunk=16)
+        return Configuration(step, backward, programs=4 * processors, groups=processors)
+    # Tensor cores. 64 cells are the height of one wgmma or tcgen05 product, and one program of four warps leaves room
+    # for a second on the same multiprocessor.
+    step = Shape((8, 8), 4)
+    # 17,408 sums of weight gradients take 68 registers in each of 256 threads: beside them there is room for 32 cells.
+    backward = Shape((8, 4), 8)
+    if architecture in (86, 89, 120) and precision == "tf32":
+        backward = Shape((8, 4), 8, chunk=64)  # both forms of the weights need 150 KB; these parts have 99 KB
+    elif architecture == 100:
+        backward = Shape((8, 4), 8, max_registers=255)  # by itself the compiler stops at 128 registers and spills
+    return Configuration(step, backward, programs=2 * processors, groups=processors)
 
 
 def architecture_of(device):
@@ -161,7 +171,10 @@ def _network(shape, dot):
 
 def _options(shape):
     # One stage: the loop over tiles would otherwise be pipelined with copies of tiles that do not fit on chip.
-    return {"num_warps": shape.warps, "num_stages": 1}
+    options = {"num_warps": shape.warps, "num_stages": 1}
+    if shape.max_registers:
+        options["maxnreg"] = shape.max_registers
+    return options
 
 
 class _Launcher:

@@ -1,12 +1,12 @@
 """The Triton kernels. Only fastnca._triton imports this module, at its first launch: it imports Triton.
 
 A state is one row of floats: [cells][16] values, all cells of mel before those of lin, then, with the life mask, two
-planes [cells]. The values are what a step computed, alpha already clamped to [0, 1]; the life mask is applied when they
-are read (`MASKED`; the initial state has none), so that a step needs no second pass over its neighbours. The first plane
-is alpha before the clamp: it makes the 25 reads of a cell's surroundings contiguous, and the backward pass takes the
-clamp's gate from it. The second is the life mask, which the step that reads the state leaves there for the backward
-pass. A gradient is a row of the same form: its values are the gradient of the state times the life mask, its first plane
-is the gradient of life and its second says which windows the cell's alpha has won (see `_wins`).
+planes [cells]. The values are what a step computed, alpha already clamped to [0, 1]; the life mask is applied when
+they are read (`MASKED`; the initial state has none), so that a step needs no second pass over its neighbours. The
+first plane is alpha before the clamp: it makes the 25 reads of a cell's surroundings contiguous, and the backward pass
+takes the clamp's gate from it. The second is the life mask, which the step that reads the state leaves there for the
+backward pass. A gradient is a row of the same form: its values are the gradient of the state times the life mask, its
+first plane is the gradient of life and its second says which windows the cell's alpha has won (see `_wins`).
 
 A program works on tiles of TILE_HEIGHT x TILE_WIDTH cells; a tile lies in one sample of one grid.
 """
@@ -160,7 +160,7 @@ def _column(values, y, x, local, height, width, dx: tl.constexpr, upper, middle,
 
 @triton.jit
 def _perceive(values, alpha, life, y, x, local, height, width, MASKED: tl.constexpr, LIFE_KNOWN: tl.constexpr):
-    """-> the state that the step sees [cells, 16], the perception [cells, 64] in the order [16][4], and the cells' life."""
+    """-> the state that the step sees [cells, 16], the perception [cells, 64] in the order [16][4], the cells' life."""
     l0, l1, l2, c0, c1, c2, r0, r1, r2 = 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0
     if MASKED and LIFE_KNOWN:
         l0, l1, l2 = _three(life, y, x, local, height, width, -1)
@@ -349,6 +349,13 @@ def _delta(gradient, first, cells, y, x, local, height, width, LIFE_MASK: tl.con
 
 
 @triton.jit
+def _transposed(x):
+    """x^T as the left operand of a product. The sum changes no number, but keeps the compiler from transposing in
+    shared memory: for sm_100 it fails to do so in tf32 ("Illegal shared layout", Triton 3.9)."""
+    return tl.trans(x) + 0.0
+
+
+@triton.jit
 def _gate(relu, gradient):
     return tl.where(relu <= 0.0, 0.0, gradient)
 
@@ -421,6 +428,8 @@ def network_backward(
             h2 = _relu(_dot(h1, w2, h2, DOT))
         else:
             for j in range(0, HIDDEN1, CHUNK):
+                # Or the copies of p as an operand, the same in all rounds, would be held in registers throughout.
+                p += 0.0
                 unit = j + tl.arange(0, CHUNK)
                 w1 = tl.load(weights + tl.arange(0, PERCEPTION)[:, None] * HIDDEN1 + unit[None, :])
                 w2 = tl.load(weights + W2 + unit[:, None] * HIDDEN2 + tl.arange(0, HIDDEN2)[None, :])
@@ -428,18 +437,20 @@ def network_backward(
                 h1 = _relu(_dot(p, w1, tl.zeros((CELLS, CHUNK), tl.float32) + b1[None, :], DOT))
                 h2 = _dot(h1, w2, h2, DOT)
             h2 = _relu(h2)
-        dw3 = _dot(tl.trans(h2) + 0.0, delta, dw3, DOT)
+        dw3 = _dot(_transposed(h2), delta, dw3, DOT)
         _add(sums + B3 + channel, tl.sum(delta, 0))
         dh2 = _gate(h2, _dot(delta, w3_back, tl.zeros((CELLS, HIDDEN2), tl.float32), DOT))
         _add(sums + B2 + tl.arange(0, HIDDEN2), tl.sum(dh2, 0))
         if CHUNK == HIDDEN1:
-            dw2 = _dot(tl.trans(h1) + 0.0, dh2, dw2, DOT)
+            dw2 = _dot(_transposed(h1), dh2, dw2, DOT)
             dh1 = _gate(h1, _dot(dh2, w2_back, tl.zeros((CELLS, HIDDEN1), tl.float32), DOT))
             _add(sums + B1 + tl.arange(0, HIDDEN1), tl.sum(dh1, 0))
-            dw1 = _dot(tl.trans(p) + 0.0, dh1, dw1, DOT)
+            dw1 = _dot(_transposed(p), dh1, dw1, DOT)
             dp = _dot(dh1, w1_back, dp, DOT)
         else:
             for j in range(0, HIDDEN1, CHUNK):
+                p += 0.0
+                dh2 += 0.0
                 unit = j + tl.arange(0, CHUNK)
                 place1 = tl.arange(0, PERCEPTION)[:, None] * HIDDEN1 + unit[None, :]
                 place2 = W2 + unit[:, None] * HIDDEN2 + tl.arange(0, HIDDEN2)[None, :]
@@ -447,10 +458,10 @@ def network_backward(
                 w2 = tl.load(weights + place2)
                 b1 = tl.load(biases + unit)
                 h1 = _relu(_dot(p, w1, tl.zeros((CELLS, CHUNK), tl.float32) + b1[None, :], DOT))
-                _add(sums + place2, _dot(tl.trans(h1) + 0.0, dh2, tl.zeros((CHUNK, HIDDEN2), tl.float32), DOT))
+                _add(sums + place2, _dot(_transposed(h1), dh2, tl.zeros((CHUNK, HIDDEN2), tl.float32), DOT))
                 dh1 = _gate(h1, _dot(dh2, tl.trans(w2), tl.zeros((CELLS, CHUNK), tl.float32), DOT))
                 _add(sums + B1 + unit, tl.sum(dh1, 0))
-                _add(sums + place1, _dot(tl.trans(p) + 0.0, dh1, tl.zeros((PERCEPTION, CHUNK), tl.float32), DOT))
+                _add(sums + place1, _dot(_transposed(p), dh1, tl.zeros((PERCEPTION, CHUNK), tl.float32), DOT))
                 dp = _dot(dh1, tl.trans(w1), dp, DOT)
 
         even, odd = tl.split(tl.reshape(dp, (CELLS, CHANNELS, 2, 2)))
@@ -528,10 +539,7 @@ def stencil_backward(
 @triton.jit
 def _planar(mel, lin, is_lin, sample, y, x, height, width):
     """Addresses [cells, 16] in the contiguous [N, 16, H, W] tensor of the tile's grid."""
-    if is_lin:
-        planar = lin
-    else:
-        planar = mel
+    planar = lin if is_lin else mel
     plane = height.to(tl.int64) * width
     channel = sample * CHANNELS + tl.arange(0, CHANNELS)
     return planar + (y.to(tl.int64) * width + x)[:, None] + (channel * plane)[None, :]
