@@ -107,22 +107,22 @@ def _unique_bytes(pieces, grain=None):
     return np.unique(np.concatenate([addresses // grain for addresses, _ in pieces])).size * grain
 
 
-def _parameter_bytes(launch, program, precision):
-    """Read and written. The interpreter has bf16 weights in float32."""
+def _parameter_bytes(launch, direction, program, precision):
+    """The interpreter has bf16 weights in float32."""
     first, end = launch.tensors.get("weights", (0, 0))
     total = 0.0
-    for direction in ("read", "write"):
-        for addresses, size in launch.of(direction, True, program):
-            halved = precision == "bf16" and first <= addresses.flat[0] < end
-            total += addresses.size * (size / 2 if halved else size)
+    for addresses, size in launch.of(direction, True, program):
+        halved = precision == "bf16" and first <= addresses.flat[0] < end
+        total += addresses.size * (size / 2 if halved else size)
     return total
 
 
 def count(architecture, precision):
     """The accesses of each kernel as the architecture's configuration has it.
 
-    -> {"launches": {kernel: launches per step}, "kernels": {kernel: {"cells": of a tile, "read" and "write": {"requested",
-    "sectors", "compulsory": bytes per cell}, "parameters": {"tile", "program": bytes}}}}, of the masked variants.
+    -> {"launches": {kernel: launches per step}, "kernels": {kernel: {"cells": of a tile, "read": ..., "write": ...}}},
+    of the masked variants. "read" and "write" are {"requested", "sectors", "compulsory": bytes per cell,
+    "parameters_tile", "parameters_program": bytes per tile and once per program}.
     """
     from fastnca import _triton
 
@@ -147,12 +147,13 @@ def count(architecture, precision):
                 "sectors": _unique_bytes(own, SECTOR) / cells,
                 "compulsory": _unique_bytes(launch.of(direction, False)) / (10 * height * width),
             }
-        # Of a program with one tile, and of one with several: the difference is what every further tile costs.
-        one = _parameter_bytes(launch, middle, precision)
-        further = 0.0
-        if one:
-            further = (_parameter_bytes(single, 0, precision) - one) / (single.tiles(small, (1, 1)) - 1)
-        numbers["parameters"] = {"tile": further, "program": one - further}
+            # Of a program with one tile, and of one with several: the difference is what every further tile costs.
+            one = _parameter_bytes(launch, direction, middle, precision)
+            further = 0.0
+            if one:
+                several = _parameter_bytes(single, direction, 0, precision)
+                further = (several - one) / (single.tiles(small, (1, 1)) - 1)
+            numbers[direction] |= {"parameters_tile": further, "parameters_program": one - further}
         kernels[launch.kernel] = numbers
     counts = Counter(launch.kernel for launch in launches)
     return {"launches": {kernel: number / _NUM_STEPS for kernel, number in counts.items()}, "kernels": kernels}

@@ -14,10 +14,10 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _WIDTH = re.compile(r"\.(?:U|S)?(8|16|32|64|128)\b")
 
 # What works on the 16-lane pipe for integers, comparisons and conversions, at half the rate of issue.
-_ALU = set(
-    "FMNMX FMNMX3 ISETP FSETP LOP3 IADD3 IADD VIADD SEL FSEL SHF LEA PRMT PLOP3 SGXT IABS P2R R2P F2FP VIMNMX".split()
+_ALU = re.compile(
+    "FMNMX3?|VIMNMX|[IF]SETP|P?LOP3|V?IADD3?|F?SEL|SHF|LEA|PRMT|SGXT|IABS|P2R|R2P|F2FP",
 )
-_FMA = set("FFMA FADD FMUL IMAD FFMA2 FADD2 FMUL2 HFMA2".split())
+_FMA = re.compile("FFMA2?|FADD2?|FMUL2?|HFMA2|IMAD")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def products(self):
-        """Multiply-adds of one warp, or None where the instruction does not say (tcgen05: its shape is in a register)."""
+        """Multiply-adds of one warp, None where the instruction does not say: tcgen05 has its shape in a register."""
         if self.opcode == "HMMA":
             m, n, k = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}[self.name.split(".")[1]]
             return m * n * k
@@ -110,7 +110,7 @@ class Program:
         blocks = list(pairwise([*sorted(heads), len(code)]))
         block_at = {first: number for number, (first, _) in enumerate(blocks)}
         successors = []
-        for first, end in blocks:
+        for _, end in blocks:
             last = code[end - 1]
             after = {block_at[place[last.target]]} if last.target in place else set()
             if last.may_pass and end < len(code):
@@ -162,8 +162,8 @@ class Program:
         for instruction, times in zip(self.instructions, executed):
             mix[instruction.opcode] += times
             cost["instructions"] += times
-            cost["alu"] += times * (instruction.opcode in _ALU)
-            cost["fma"] += times * (instruction.opcode in _FMA)
+            cost["alu"] += times * bool(_ALU.fullmatch(instruction.opcode))
+            cost["fma"] += times * bool(_FMA.fullmatch(instruction.opcode))
             cost["on_chip_bytes"] += times * instruction.on_chip_bytes
             if instruction.products is None:
                 known = False
