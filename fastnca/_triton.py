@@ -18,7 +18,7 @@ MAX_WIDTH = 1 << 20
 # rounding inside the tensor cores is not specified.
 _DOT = {"fp32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 
-_INSTALLED = find_spec("triton") is not None
+INSTALLED = find_spec("triton") is not None
 
 NVIDIA = (80, 86, 89, 90, 100, 120)
 AMD = ("gfx90a", "gfx942", "gfx1100")
@@ -90,7 +90,7 @@ def interpreting():
 
 def why_not(device, dtype, num_channels, precision):
     """None if the kernels can run this request, else the reason as a clause."""
-    if not _INSTALLED:
+    if not INSTALLED:
         return "the package triton is not installed"
     if dtype != torch.float32:
         return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
@@ -106,8 +106,10 @@ def why_not(device, dtype, num_channels, precision):
         return "this PyTorch finds no GPU (torch.cuda.is_available() is False)"
     architecture = architecture_of(device)
     if architecture not in _PROCESSORS:
-        known = AMD if torch.version.hip else ("compute capability 8.0 or later",)
-        return f"it needs {' or '.join(known)}, and {torch.cuda.get_device_name(device)} is {architecture}"
+        name = torch.cuda.get_device_name(device)
+        if torch.version.hip:
+            return f"it has configurations for {', '.join(AMD)}, and {name} is {architecture}"
+        return f"it needs compute capability 8.0 or later, and {name} has {architecture / 10}"
     if torch.version.hip and precision == "tf32":
         return "Triton has no tf32 products on AMD"
     return None
