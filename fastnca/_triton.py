@@ -49,7 +49,7 @@ class Configuration:
 
 
 # Kernels that only move data: enough warps in flight to hide the memory's latency.
-_COPY = Shape((8, 8), 4)
+COPY = Shape((8, 8), 4)
 
 # Multiprocessors of the largest common part: A100, RTX 3090 Ti, RTX 4090, H100, B200, RTX 5090; and on AMD the compute
 # units of MI250X (one die), MI300X and RX 7900 XTX.
@@ -156,8 +156,8 @@ def _variants(kernels, config, dot):
                 constexprs = {"MASKED": masked, "LIFE_MASK": life_mask, **_network(shape, dot)}
                 yield f"{kernel.__name__}, {suffix}", kernel, constexprs, shape
         for kernel in (kernels.stencil_backward, kernels.load_planar, kernels.store_planar):
-            yield f"{kernel.__name__}, {word}", kernel, {"MASKED": masked, **_tile(_COPY)}, _COPY
-    yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, _COPY
+            yield f"{kernel.__name__}, {word}", kernel, {"MASKED": masked, **_tile(COPY)}, COPY
+    yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, COPY
 
 
 _SUM_BLOCK = 128
@@ -216,13 +216,13 @@ class _Launcher:
         """The grids into a row; as the gradient of ``state`` if that was read through its life mask."""
         masked = state is not None
         state = rows if state is None else state
-        options = {"MASKED": masked, **_tile(_COPY), **_options(_COPY)}
-        self._launch(self.kernels.load_planar, self._tiles(_COPY), mel, lin, state, rows, **options)
+        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
+        self._launch(self.kernels.load_planar, self._tiles(COPY), mel, lin, state, rows, **options)
 
     def store(self, rows, masked):
         mel, lin = (rows.new_empty(shape) for shape in self.shapes)
-        options = {"MASKED": masked, **_tile(_COPY), **_options(_COPY)}
-        self._launch(self.kernels.store_planar, self._tiles(_COPY), rows, mel, lin, **options)
+        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
+        self._launch(self.kernels.store_planar, self._tiles(COPY), rows, mel, lin, **options)
         return mel, lin
 
     def step(self, state_from, state_to, network, masked):
@@ -237,14 +237,14 @@ class _Launcher:
         options = {"MASKED": masked, "LIFE_MASK": self.life_mask, **_network(shape, self.dot), **_options(shape)}
         arguments = state_from, gradient_to, perception, groups, *network
         self._launch(self.kernels.network_backward, self.groups, *arguments, **options)
-        options = {"MASKED": masked, **_tile(_COPY), **_options(_COPY)}
+        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
         arguments = state_from, perception, gradient_from
-        self._launch(self.kernels.stencil_backward, self._tiles(_COPY), *arguments, **options)
+        self._launch(self.kernels.stencil_backward, self._tiles(COPY), *arguments, **options)
 
     def sum_groups(self, groups):
         total = groups.new_empty(groups.shape[1])
         programs = -(-groups.shape[1] // _SUM_BLOCK)
-        options = {"BLOCK": _SUM_BLOCK, **_options(_COPY)}
+        options = {"BLOCK": _SUM_BLOCK, **_options(COPY)}
         self.kernels.sum_groups[(programs,)](groups, total, groups.shape[0], **options)
         return total
 

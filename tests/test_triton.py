@@ -11,9 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_cpu import (
-    NAMES,
     RoundedF,
     assert_close_to_float64,
     make_grid,
@@ -33,8 +31,8 @@ if not _triton.INSTALLED:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 
-# Tiles of 8 x 8 cells: ragged at every edge, several of them, and one that covers a grid.
-SIZES = [((1, 1), (1, 7)), ((5, 3), (7, 19)), ((9, 8), (17, 10)), ((19, 5), (1, 30))]
+# With tiles of 16 x 16 cells: ragged at every edge, several of them, and whole ones.
+SIZES = [((1, 1), (1, 7)), ((5, 3), (7, 19)), ((16, 16), (17, 18)), ((33, 2), (1, 20))]
 SIZE_IDS = ["-".join(f"{h}x{w}" for h, w in pair) for pair in SIZES]
 
 
@@ -46,12 +44,29 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def set_shapes(monkeypatch, step=((8, 8), 128), backward=((8, 8), 128), programs=3, groups=2):
-    """Fewer programs than tiles, so that each has several, and shapes that take the interpreter less time."""
+@pytest.fixture(autouse=True)
+def _patched_once(monkeypatch):
+    """Triton 3.9 patches its language anew for each call of a device function, which takes a third of the time: what it
+    has done for the launch holds for our functions too."""
     if DEVICE == "cpu":
-        shapes = (_triton.Shape(tile, 4, chunk) for tile, chunk in (step, backward))
-        configuration = _triton.Configuration(*shapes, programs=programs, groups=groups)
+        from triton.runtime.interpreter import InterpretedFunction
+
+        original = InterpretedFunction.__call__
+
+        def call(function, *args, **kwargs):
+            if function.fn.__module__ == "fastnca._triton_kernels":
+                return function.rewrite()(*args, **kwargs)
+            return original(function, *args, **kwargs)
+
+        monkeypatch.setattr(InterpretedFunction, "__call__", call)
+
+
+def set_shapes(monkeypatch, tile=(16, 16), programs=3, groups=2):
+    """Larger tiles, which take the interpreter hardly more time than small ones, and several of them per program."""
+    if DEVICE == "cpu":
+        configuration = _triton.Configuration(_triton.Shape(tile, 4), _triton.Shape(tile, 8), programs, groups)
         monkeypatch.setattr(_triton, "configuration", lambda architecture, precision: configuration)
+        monkeypatch.setattr(_triton, "COPY", _triton.Shape(tile, 4))
 
 
 @pytest.fixture
@@ -84,16 +99,16 @@ def test_in_the_shapes_of_the_table(precision):
     """Interpreted, tf32 products are exact: both precisions' tiles, slices and programs, to the accuracy of float32."""
     if DEVICE != "cpu" and precision == "tf32":
         pytest.skip("tf32 rounds")
-    check(make_problem(((3, 9), (9, 3)), num_steps=2), 2, precision=precision)
+    check(make_problem(((3, 9), (9, 2)), num_steps=1), 1, precision=precision)
 
 
 def test_all_the_bands_of_both_grids(monkeypatch):
-    set_shapes(monkeypatch, step=((64, 2), 128), backward=((64, 2), 128))
+    set_shapes(monkeypatch, tile=(128, 2))
     check(make_problem(((80, 2), (513, 1)), num_steps=1), 1)
 
 
 def test_a_batch(large_tiles):
-    check(make_problem(((6, 10), (9, 3)), num_steps=1, n=3), 1)
+    check(make_problem(((6, 17), (9, 3)), num_steps=1, n=3), 1)
 
 
 @pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
@@ -107,7 +122,7 @@ def test_checkpoints_do_not_change_a_bit(large_tiles, checkpoint_every, life_mas
 
 
 def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch):
-    problem = make_problem(((9, 9), (10, 17)), num_steps=1)
+    problem = make_problem(((9, 17), (18, 17)), num_steps=1)
     results = []
     for programs in (1, 2, 100):
         set_shapes(monkeypatch, programs=programs)
@@ -120,7 +135,7 @@ def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch)
 @pytest.mark.parametrize("levels", [(1.0,), (0.0,), (0.0, 1.0), (0.25, 0.5)], ids=str)
 def test_ties_send_the_gradient_to_the_first_maximum(large_tiles, levels):
     generator = torch.Generator().manual_seed(1)
-    grids = [make_grid(generator, 2, *size) for size in ((7, 9), (10, 5))]
+    grids = [make_grid(generator, 2, *size) for size in ((7, 17), (10, 5))]
     for grid in grids:
         grid[:, 1] = torch.tensor(levels)[torch.randint(len(levels), grid[:, 1].shape, generator=generator)]
     grads = [torch.randn(grid.shape, generator=generator) for grid in grids]
@@ -147,7 +162,7 @@ def test_long_rollout_flips_no_more_cells_than_float32(large_tiles):
     weights = make_weights(generator)
     weights[4] *= 0.02
     weights[5] = torch.randn(16, generator=generator) * 0.01
-    grids = [make_grid(generator, 1, *size) for size in ((8, 16), (16, 8))]
+    grids = [make_grid(generator, 1, *size) for size in ((8, 16), (16, 14))]
 
     def flipped(outputs, judge):
         return [((x - y).abs().amax(1) > 1e-3).double().mean().item() for x, y in zip(outputs, judge)]
@@ -324,9 +339,12 @@ def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large
     original = torch.Tensor.new_empty
     for num_steps in (2, 5):
         allocated = []
-        monkeypatch.setattr(
-            torch.Tensor, "new_empty", lambda *args, **kwargs: allocated.append(1) or original(*args, **kwargs)
-        )
+
+        def new_empty(*args, allocated=allocated, **kwargs):
+            allocated.append(args[1:])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
         mel, lin, weights = make_inputs(requires_grad=False, height=2, width=2)
         states = mel.new_zeros(num_steps + 1, _triton.state_floats(mel, lin, True))
         _triton.rollout(mel, lin, weights, num_steps, 1, True, "fp32", states)
