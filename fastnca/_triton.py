@@ -68,8 +68,10 @@ def configuration(architecture, precision):
     step = Shape((8, 8), 4)
     # 17,408 sums of weight gradients take 68 registers in each of 256 threads: beside them there is room for 32 cells.
     backward = Shape((8, 4), 8)
-    if architecture in (86, 89, 120) and precision == "tf32":
-        backward = Shape((8, 4), 8, chunk=64)  # both forms of the weights need 150 KB; these parts have 99 KB
+    if architecture in (80, 86, 89, 120) and (precision == "tf32" or architecture == 120):
+        # Operands pass through registers, and what is left of these does not do. Both forms of the weights in tf32
+        # would need 150 KB of shared memory besides, where all but the first of these parts have 99 KB.
+        backward = Shape((8, 4), 8, chunk=64)
     elif architecture == 100:
         backward = Shape((8, 4), 8, max_registers=255)  # by itself the compiler stops at 128 registers and spills
     return Configuration(step, backward, programs=2 * processors, groups=processors)
