@@ -18,7 +18,7 @@ MAX_WIDTH = 1 << 20
 # rounding inside the tensor cores is not specified.
 _DOT = {"fp32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 
-_INSTALLED = find_spec("triton") is not None
+INSTALLED = find_spec("triton") is not None
 
 NVIDIA = (80, 86, 89, 90, 100, 120)
 AMD = ("gfx90a", "gfx942", "gfx1100")
@@ -49,7 +49,7 @@ class Configuration:
 
 
 # Kernels that only move data: enough warps in flight to hide the memory's latency.
-_COPY = Shape((8, 8), 4)
+COPY = Shape((8, 8), 4)
 
 # Multiprocessors of the largest common part: A100, RTX 3090 Ti, RTX 4090, H100, B200, RTX 5090; and on AMD the compute
 # units of MI250X (one die), MI300X and RX 7900 XTX.
@@ -68,8 +68,10 @@ def configuration(architecture, precision):
     step = Shape((8, 8), 4)
     # 17,408 sums of weight gradients take 68 registers in each of 256 threads: beside them there is room for 32 cells.
     backward = Shape((8, 4), 8)
-    if architecture in (86, 89, 120) and precision == "tf32":
-        backward = Shape((8, 4), 8, chunk=64)  # both forms of the weights need 150 KB; these parts have 99 KB
+    if architecture in (80, 86, 89, 120) and (precision == "tf32" or architecture == 120):
+        # Operands pass through registers, and what is left of these does not do. Both forms of the weights in tf32
+        # would need 150 KB of shared memory besides, where all but the first of these parts have 99 KB.
+        backward = Shape((8, 4), 8, chunk=64)
     elif architecture == 100:
         backward = Shape((8, 4), 8, max_registers=255)  # by itself the compiler stops at 128 registers and spills
     return Configuration(step, backward, programs=2 * processors, groups=processors)
@@ -90,7 +92,7 @@ def interpreting():
 
 def why_not(device, dtype, num_channels, precision):
     """None if the kernels can run this request, else the reason as a clause."""
-    if not _INSTALLED:
+    if not INSTALLED:
         return "the package triton is not installed"
     if dtype != torch.float32:
         return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
@@ -106,8 +108,10 @@ def why_not(device, dtype, num_channels, precision):
         return "this PyTorch finds no GPU (torch.cuda.is_available() is False)"
     architecture = architecture_of(device)
     if architecture not in _PROCESSORS:
-        known = AMD if torch.version.hip else ("compute capability 8.0 or later",)
-        return f"it needs {' or '.join(known)}, and {torch.cuda.get_device_name(device)} is {architecture}"
+        name = torch.cuda.get_device_name(device)
+        if torch.version.hip:
+            return f"it has configurations for {', '.join(AMD)}, and {name} is {architecture}"
+        return f"it needs compute capability 8.0 or later, and {name} has {architecture / 10}"
     if torch.version.hip and precision == "tf32":
         return "Triton has no tf32 products on AMD"
     return None
@@ -154,8 +158,8 @@ def _variants(kernels, config, dot):
                 constexprs = {"MASKED": masked, "LIFE_MASK": life_mask, **_network(shape, dot)}
                 yield f"{kernel.__name__}, {suffix}", kernel, constexprs, shape
         for kernel in (kernels.stencil_backward, kernels.load_planar, kernels.store_planar):
-            yield f"{kernel.__name__}, {word}", kernel, {"MASKED": masked, **_tile(_COPY)}, _COPY
-    yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, _COPY
+            yield f"{kernel.__name__}, {word}", kernel, {"MASKED": masked, **_tile(COPY)}, COPY
+    yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, COPY
 
 
 _SUM_BLOCK = 128
@@ -214,13 +218,13 @@ class _Launcher:
         """The grids into a row; as the gradient of ``state`` if that was read through its life mask."""
         masked = state is not None
         state = rows if state is None else state
-        options = {"MASKED": masked, **_tile(_COPY), **_options(_COPY)}
-        self._launch(self.kernels.load_planar, self._tiles(_COPY), mel, lin, state, rows, **options)
+        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
+        self._launch(self.kernels.load_planar, self._tiles(COPY), mel, lin, state, rows, **options)
 
     def store(self, rows, masked):
         mel, lin = (rows.new_empty(shape) for shape in self.shapes)
-        options = {"MASKED": masked, **_tile(_COPY), **_options(_COPY)}
-        self._launch(self.kernels.store_planar, self._tiles(_COPY), rows, mel, lin, **options)
+        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
+        self._launch(self.kernels.store_planar, self._tiles(COPY), rows, mel, lin, **options)
         return mel, lin
 
     def step(self, state_from, state_to, network, masked):
@@ -235,14 +239,14 @@ class _Launcher:
         options = {"MASKED": masked, "LIFE_MASK": self.life_mask, **_network(shape, self.dot), **_options(shape)}
         arguments = state_from, gradient_to, perception, groups, *network
         self._launch(self.kernels.network_backward, self.groups, *arguments, **options)
-        options = {"MASKED": masked, **_tile(_COPY), **_options(_COPY)}
+        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
         arguments = state_from, perception, gradient_from
-        self._launch(self.kernels.stencil_backward, self._tiles(_COPY), *arguments, **options)
+        self._launch(self.kernels.stencil_backward, self._tiles(COPY), *arguments, **options)
 
     def sum_groups(self, groups):
         total = groups.new_empty(groups.shape[1])
         programs = -(-groups.shape[1] // _SUM_BLOCK)
-        options = {"BLOCK": _SUM_BLOCK, **_options(_COPY)}
+        options = {"BLOCK": _SUM_BLOCK, **_options(COPY)}
         self.kernels.sum_groups[(programs,)](groups, total, groups.shape[0], **options)
         return total
 

@@ -144,17 +144,17 @@ def _life(alpha, y, x, local, height, width):
 
 
 @triton.jit
-def _column(values, y, x, local, height, width, dx: tl.constexpr, upper, middle, lower, MASKED: tl.constexpr):
+def _column(values, y, x, local, height, width, dx: tl.constexpr, upper, middle, lower):
     """The three cells of the 3x3 window in the column dx, as the step sees them -> smoothed and differentiated
     vertically, and the middle one. The filters' zeros multiply too: of an infinity they are NaN, as in PyTorch."""
     above = _values(values, y, x, local, height, width, -1, dx)
     centre = _values(values, y, x, local, height, width, 0, dx)
     below = _values(values, y, x, local, height, width, 1, dx)
-    if MASKED:
-        # A window that reaches into the grid has a life, but a cell outside is zero whatever that life is.
-        above *= tl.where(_inside(y - 1, x + dx, height, width), upper, 0.0)[:, None]
-        centre *= tl.where(_inside(y, x + dx, height, width), middle, 0.0)[:, None]
-        below *= tl.where(_inside(y + 1, x + dx, height, width), lower, 0.0)[:, None]
+    # A window that reaches into the grid has a life, but a cell outside is zero whatever that life is. Where there is
+    # no mask the product with one keeps the compiler from loading every cell once per thread that needs it.
+    above *= tl.where(_inside(y - 1, x + dx, height, width), upper, 0.0)[:, None]
+    centre *= tl.where(_inside(y, x + dx, height, width), middle, 0.0)[:, None]
+    below *= tl.where(_inside(y + 1, x + dx, height, width), lower, 0.0)[:, None]
     return above + 2.0 * centre + below, below - above + 0.0 * centre, centre
 
 
@@ -175,9 +175,9 @@ def _perceive(values, alpha, life, y, x, local, height, width, MASKED: tl.conste
         l0, l1, l2 = _maximum(p0, q0, s0), _maximum(p1, q1, s1), _maximum(p2, q2, s2)
         c0, c1, c2 = _maximum(q0, s0, t0), _maximum(q1, s1, t1), _maximum(q2, s2, t2)
         r0, r1, r2 = _maximum(s0, t0, u0), _maximum(s1, t1, u1), _maximum(s2, t2, u2)
-    smooth_left, slope_left, _ = _column(values, y, x, local, height, width, -1, l0, l1, l2, MASKED)
-    smooth, slope, state = _column(values, y, x, local, height, width, 0, c0, c1, c2, MASKED)
-    smooth_right, slope_right, _ = _column(values, y, x, local, height, width, 1, r0, r1, r2, MASKED)
+    smooth_left, slope_left, _ = _column(values, y, x, local, height, width, -1, l0, l1, l2)
+    smooth, slope, state = _column(values, y, x, local, height, width, 0, c0, c1, c2)
+    smooth_right, slope_right, _ = _column(values, y, x, local, height, width, 1, r0, r1, r2)
     sobel_x = smooth_right - smooth_left + 0.0 * smooth
     sobel_y = slope_left + 2.0 * slope + slope_right
     laplacian = smooth_left + 2.0 * smooth + smooth_right - 16.0 * state
@@ -349,10 +349,10 @@ def _delta(gradient, first, cells, y, x, local, height, width, LIFE_MASK: tl.con
 
 
 @triton.jit
-def _transposed(x):
+def _transposed(x, DOT: tl.constexpr):
     """x^T as the left operand of a product. The sum changes no number, but keeps the compiler from transposing in
     shared memory: for sm_100 it fails to do so in tf32 ("Illegal shared layout", Triton 3.9)."""
-    return tl.trans(x) + 0.0
+    return tl.trans(x) + 0.0 if DOT == "tf32" else tl.trans(x)
 
 
 @triton.jit
@@ -402,7 +402,6 @@ def network_backward(
     channel = tl.arange(0, CHANNELS)
     sums = gradient_groups + tl.program_id(0).to(tl.int64) * PARAMETERS
     back = weights + B1
-    w3_back = _matrix(back + W3, CHANNELS, HIDDEN2)
     if CHUNK == HIDDEN1:
         w1 = _matrix(weights, PERCEPTION, HIDDEN1)
         w2 = _matrix(weights + W2, HIDDEN1, HIDDEN2)
@@ -428,8 +427,8 @@ def network_backward(
             h2 = _relu(_dot(h1, w2, h2, DOT))
         else:
             for j in range(0, HIDDEN1, CHUNK):
-                # Or the copies of p as an operand, the same in all rounds, would be held in registers throughout.
-                p += 0.0
+                if DOT == "tf32":
+                    p += 0.0  # or the copies of it as an operand would be held in registers throughout the loop
                 unit = j + tl.arange(0, CHUNK)
                 w1 = tl.load(weights + tl.arange(0, PERCEPTION)[:, None] * HIDDEN1 + unit[None, :])
                 w2 = tl.load(weights + W2 + unit[:, None] * HIDDEN2 + tl.arange(0, HIDDEN2)[None, :])
@@ -437,20 +436,22 @@ def network_backward(
                 h1 = _relu(_dot(p, w1, tl.zeros((CELLS, CHUNK), tl.float32) + b1[None, :], DOT))
                 h2 = _dot(h1, w2, h2, DOT)
             h2 = _relu(h2)
-        dw3 = _dot(_transposed(h2), delta, dw3, DOT)
+        dw3 = _dot(_transposed(h2, DOT), delta, dw3, DOT)
         _add(sums + B3 + channel, tl.sum(delta, 0))
+        w3_back = _matrix(back + W3, CHANNELS, HIDDEN2)
         dh2 = _gate(h2, _dot(delta, w3_back, tl.zeros((CELLS, HIDDEN2), tl.float32), DOT))
         _add(sums + B2 + tl.arange(0, HIDDEN2), tl.sum(dh2, 0))
         if CHUNK == HIDDEN1:
-            dw2 = _dot(_transposed(h1), dh2, dw2, DOT)
+            dw2 = _dot(_transposed(h1, DOT), dh2, dw2, DOT)
             dh1 = _gate(h1, _dot(dh2, w2_back, tl.zeros((CELLS, HIDDEN1), tl.float32), DOT))
             _add(sums + B1 + tl.arange(0, HIDDEN1), tl.sum(dh1, 0))
-            dw1 = _dot(_transposed(p), dh1, dw1, DOT)
+            dw1 = _dot(_transposed(p, DOT), dh1, dw1, DOT)
             dp = _dot(dh1, w1_back, dp, DOT)
         else:
             for j in range(0, HIDDEN1, CHUNK):
-                p += 0.0
-                dh2 += 0.0
+                if DOT == "tf32":
+                    p += 0.0
+                    dh2 += 0.0
                 unit = j + tl.arange(0, CHUNK)
                 place1 = tl.arange(0, PERCEPTION)[:, None] * HIDDEN1 + unit[None, :]
                 place2 = W2 + unit[:, None] * HIDDEN2 + tl.arange(0, HIDDEN2)[None, :]
@@ -458,10 +459,10 @@ def network_backward(
                 w2 = tl.load(weights + place2)
                 b1 = tl.load(biases + unit)
                 h1 = _relu(_dot(p, w1, tl.zeros((CELLS, CHUNK), tl.float32) + b1[None, :], DOT))
-                _add(sums + place2, _dot(_transposed(h1), dh2, tl.zeros((CHUNK, HIDDEN2), tl.float32), DOT))
+                _add(sums + place2, _dot(_transposed(h1, DOT), dh2, tl.zeros((CHUNK, HIDDEN2), tl.float32), DOT))
                 dh1 = _gate(h1, _dot(dh2, tl.trans(w2), tl.zeros((CELLS, CHUNK), tl.float32), DOT))
                 _add(sums + B1 + unit, tl.sum(dh1, 0))
-                _add(sums + place1, _dot(_transposed(p), dh1, tl.zeros((PERCEPTION, CHUNK), tl.float32), DOT))
+                _add(sums + place1, _dot(_transposed(p, DOT), dh1, tl.zeros((PERCEPTION, CHUNK), tl.float32), DOT))
                 dp = _dot(dh1, tl.trans(w1), dp, DOT)
 
         even, odd = tl.split(tl.reshape(dp, (CELLS, CHANNELS, 2, 2)))
