@@ -316,7 +316,7 @@ def predict(rows, traffic):
     return predictions
 
 
-def _table(titles, lines):
+def table(titles, lines):
     lines = [titles, ["---"] * len(titles), *lines]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -421,7 +421,7 @@ def markdown(report):
         assumptions = __doc__[__doc__.index("Its assumptions:") :].partition("\n\n")[2].strip()
         parts.append(
             f"**PREDICTION: time per step at W = {WIDTH}, no measurement**\n\n"
-            + _table(titles, [_prediction_line(p) for p in report["predictions"]])
+            + table(titles, [_prediction_line(p) for p in report["predictions"]])
             + f"\n\n{assumptions}\n\n{WITHOUT}"
         )
     if report["traffic"]:
@@ -432,22 +432,22 @@ def markdown(report):
             "**Memory, read + written**, counted by the interpreter for a tile inside a grid. The minimum is 64 + 64 "
             "bytes per cell forward, 128 + 64 backward. The second-level cache absorbs what neighbouring tiles share, "
             "that is, the difference between sectors and touched at all.\n\n"
-            + _table(titles, _traffic_lines(report["traffic"]))
+            + table(titles, _traffic_lines(report["traffic"]))
         )
     if nvidia:
         titles = ["capability", "precision", "kernel", "tile", "warps", "registers", "spills (stack, LDL + STL)"]
         titles += ["shared, KB", "programs (warps) per multiprocessor", "tensor-core instructions", "LDG / STG"]
         titles += ["products computed / needed"]
-        parts.append("**NVIDIA**\n\n" + _table(titles, map(_kernel_line, nvidia)))
+        parts.append("**NVIDIA**\n\n" + table(titles, map(_kernel_line, nvidia)))
     if any("error" not in row for row in main):
         titles = ["capability", "precision", "kernel", "instructions per tile and warp", "per cell (of a thread)"]
         titles += ["integer pipe", "on-chip bytes per cell", "most frequent"]
         lines = [_cost_line(row) for row in main if "error" not in row]
-        parts.append("**What a warp executes for a tile**\n\n" + _table(titles, lines))
+        parts.append("**What a warp executes for a tile**\n\n" + table(titles, lines))
     if amd:
         titles = ["architecture", "precision", "kernel", "", "VGPRs", "VGPR spills", "SGPR spills", "shared, B"]
         titles += ["matrix instructions", "loads / stores"]
-        parts.append("**AMD**: compiled, never run\n\n" + _table(titles, map(_amd_line, amd)))
+        parts.append("**AMD**: compiled, never run\n\n" + table(titles, map(_amd_line, amd)))
     return "\n\n".join(parts) + "\n"
 
 

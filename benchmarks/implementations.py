@@ -22,13 +22,16 @@ from fastnca.training import RECIPES
 class Problem:
     """A model with the recipe's coordinates, its initial grids, and targets, from a seed."""
 
-    def __init__(self, width, batch=1, n_mels=80, n_linear=513, seed=0):
+    def __init__(self, width, batch=1, n_mels=80, n_linear=513, seed=0, device="cpu"):
         torch.manual_seed(seed)
         self.model = DualSpecTNCA(n_mels=n_mels, n_linear=n_linear, coordinates=RECIPES["default"].coordinates)
         # As after some epochs: every parameter has a gradient, every cell lives, and no value fades or explodes.
         torch.nn.init.normal_(self.model.update_mlp[-1].weight, std=2e-3)
         self.grids = [grid.repeat(batch, 1, 1, 1) for grid in self.model.seed(width)]
         self.targets = [torch.rand(grid.shape[0], *grid.shape[2:]) * 80.0 - 80.0 for grid in self.grids]
+        # Drawn on the CPU, so that every device has the same problem.
+        self.model.to(device)
+        self.grids, self.targets = ([x.to(device) for x in tensors] for tensors in (self.grids, self.targets))
 
     @property
     def cells(self):
@@ -70,6 +73,7 @@ class Model(_Torch):
         model = problem.model
         self.model = DualSpecTNCA(**model.config, backend=backend, precision=precision)
         self.model.load_state_dict(model.state_dict())
+        self.model.to(problem.grids[0].device)
         self.parameters = list(self.model.parameters())
         self.checkpoint_every = checkpoint_every
 

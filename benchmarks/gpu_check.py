@@ -1,0 +1,622 @@
+"""Checks and measures the Triton kernels on the GPU of this machine: ``python -m benchmarks.gpu_check -o DIR``.
+
+Writes DIR/gpu_check.md and DIR/gpu_check.json after every section, so that an interrupted run leaves what it has.
+Sections run in a process of their own, which ends with the first error in it: the error is in the report, and the
+sections after it start afresh.
+
+Method. What is compared is judged by the reference in float64. PyTorch is told for every measurement whether it may use
+TF32, which for convolutions it does by default. Times are medians between CUDA events, of warm calls that take turns;
+the shares are of matrix products and copies measured here, not of a data sheet. A share of the bandwidth counts the 128
+bytes per cell and step that no implementation can avoid.
+
+``--quick`` does all this on tiny grids: to see it run, not to quote. With TRITON_INTERPRET=1 it needs no GPU: what only
+a GPU can answer is left out and says so.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fastnca import _triton, audio, ops, reference
+from fastnca.files import atomic_write
+from fastnca.training import RECIPES
+
+from . import curves
+from .cpu import FORWARD_FLOPS, TRAINING_FLOPS, machine
+from .gpu_report import table
+from .implementations import Compiled, Model, Problem
+from .workers import interleave
+
+BYTES = 128  # per cell and step: the state read and written
+PRECISIONS = _triton.PRECISIONS
+# Of the result's norm, over two steps. fp32 is held to what float32 PyTorch errs by.
+TOLERANCE = {"tf32": 2e-2, "bf16": 1e-1}
+NAMES = ("mel", "lin", "grad mel", "grad lin", "grad w1", "grad b1", "grad w2", "grad b2", "grad w3", "grad b3")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work the sections do."""
+
+    bands: tuple = (80, 513)
+    width: int = 264
+    steps: int = 96  # of an epoch and of the long rollouts
+    forward_steps: int = 32
+    widths: tuple = (32, 88, 264, 1024, 4096)
+    batches: tuple = (1, 2, 4, 8, 16)
+    grids: tuple = (((1, 1), (1, 7)), ((9, 8), (17, 10)), ((80, 65), (513, 65)))
+    epochs: int = 200
+    frames: int = 88
+    stride: int = 1  # every how many bands of the sound are trained
+    rounds: int = 15
+    budget: float = 20.0  # seconds per implementation
+    matrix: int = 8192
+    copied: int = 2**30  # bytes
+
+    def problem(self, width=None, batch=1):
+        mel, linear = self.bands
+        return Problem(width or self.width, batch, mel, linear, device=device())
+
+
+QUICK = Size(
+    bands=(3, 9),
+    width=8,
+    steps=4,
+    forward_steps=2,
+    widths=(4, 8),
+    batches=(1, 2),
+    grids=(((1, 1), (1, 7)), ((3, 5), (7, 9))),
+    epochs=2,
+    frames=3,
+    stride=80,
+    rounds=2,
+    budget=1.0,
+    matrix=256,
+    copied=2**20,
+)
+
+
+class NeedsGpu(Exception):
+    """A section that the interpreter cannot answer."""
+
+
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def why_not():
+    """None if the check can run here, else the reason."""
+    return _triton.why_not(torch.device(device()), torch.float32, 16, "fp32")
+
+
+def _need_gpu():
+    if device() == "cpu":
+        raise NeedsGpu("needs a GPU")
+
+
+def _precisions():
+    """Those that run here: AMD has no tf32."""
+    return [p for p in PRECISIONS if _triton.why_not(torch.device(device()), torch.float32, 16, p) is None]
+
+
+@contextmanager
+def tf32(allowed):
+    """Whether PyTorch's own products may round their operands to TF32."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.allow_tf32 = value
+
+
+def _norm(x):
+    return x.double().norm().item()
+
+
+# Sections: of (size, what the sections before found) -> rows, dicts of what there is to tell. A row with "passed" False
+# fails the check.
+
+
+def environment(size, found):
+    """Environment"""
+    about = machine()
+    rows = {
+        "machine": about["machine"],
+        "commit": about["commit"],
+        "date": about["date"],
+        "Python": about["python"],
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+    if device() == "cpu":
+        rows["GPU"] = "none: Triton's interpreter"
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        rows |= {
+            "GPU": properties.name,
+            "architecture": _triton.architecture_of(torch.device("cuda")),
+            "multiprocessors": properties.multi_processor_count,
+            "memory": f"{properties.total_memory / 2**30:.1f} GB",
+            "CUDA or HIP": torch.version.cuda or torch.version.hip,
+        }
+        rows |= _nvidia_smi()
+    return [{"what": what, "found": found} for what, found in rows.items()]
+
+
+def _nvidia_smi():
+    fields = "driver_version clocks.sm clocks.max.sm clocks.mem clocks.max.mem power.limit temperature.gpu".split()  # noqa: SIM905
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": f"{type(error).__name__}"}
+    return dict(zip(fields, done.stdout.strip().split(", ")))
+
+
+def _random_problem(grids, batch=1, seed=0):
+    """-> (mel, lin), weights, and gradients of the outcome: alive and dead cells, alpha at both ends of the clamp."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    states = [draw(batch, 16, *grid) * 0.5 for grid in grids]
+    for state in states:
+        state[:, 1] = (state[:, 1] + 0.5).clamp(0.0, 1.0)
+    shapes = ((128, 64, 1, 1), (128,), (64, 128, 1, 1), (64,), (16, 64, 1, 1), (16,))
+    weights = [draw(*shape) * (0.5 / shape[1] ** 0.5 if len(shape) > 1 else 0.1) for shape in shapes]
+    gradients = [draw(*state.shape) for state in states]
+    return tuple([x.to(device()) for x in tensors] for tensors in (states, weights, gradients))
+
+
+def _reference(num_steps, life_mask=True):
+    return lambda mel, lin, weights: [reference.rollout(g, weights, num_steps, life_mask) for g in (mel, lin)]
+
+
+def _ours(num_steps, precision, **options):
+    return lambda mel, lin, weights: ops.rollout(
+        mel, lin, weights, num_steps, precision=precision, backend="triton", **options
+    )
+
+
+def _values_and_gradients(rollout, problem, dtype=torch.float32):
+    states, weights, gradients = problem
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (*states, *weights)]
+    outputs = rollout(*inputs[:2], inputs[2:])
+    return [*outputs, *torch.autograd.grad(outputs, inputs, [g.to(dtype) for g in gradients])]
+
+
+def parity(size, found):
+    """Parity: two steps and every gradient against the reference in float64, relative errors of the norm"""
+    cases = [(grids, 1, {}) for grids in size.grids]
+    cases += [
+        (size.grids[1], 2, {}),
+        (size.grids[1], 1, {"life_mask": False}),
+        (size.grids[1], 1, {"checkpoint_every": 2}),
+    ]
+    rows = []
+    for grids, batch, options in cases:
+        problem = _random_problem(grids, batch)
+        plain = _reference(2, options.get("life_mask", True))
+        with tf32(False):
+            judge = _values_and_gradients(plain, problem, torch.float64)
+            eager = _values_and_gradients(plain, problem)
+        for precision in _precisions():
+            actual = _values_and_gradients(_ours(2, precision, **options), problem)
+            worst, passed = {"values": 0.0, "gradients": 0.0, "PyTorch float32": 0.0}, True
+            for name, x, y, expected in zip(NAMES, actual, eager, judge, strict=True):
+                scale = max(_norm(expected), 1e-30)
+                error, usual = _norm(x - expected) / scale, _norm(y - expected) / scale
+                passed &= error <= TOLERANCE.get(precision, 4 * usual + 1e-5)
+                kind = "gradients" if name.startswith("grad") else "values"
+                worst[kind] = max(worst[kind], error)
+                worst["PyTorch float32"] = max(worst["PyTorch float32"], usual)
+            shapes = " + ".join("x".join(map(str, grid)) for grid in grids)
+            what = ", ".join(f"{name}={value}" for name, value in options.items())
+            rows.append(
+                {"grids": shapes, "batch": batch, "options": what, "precision": precision, **worst, "passed": passed}
+            )
+    return rows
+
+
+def rollouts(size, found):
+    """Long rollouts: cells that took another path than in float64 (apart by more than 0.001; tf32 and bf16 by 0.1)"""
+    problem = size.problem()
+    weights = [w.detach() for w in problem.model.weights]
+    exact = [x.double() for x in (*problem.grids, *weights)]
+    with torch.no_grad(), tf32(False):
+        judge = _reference(size.steps)(*exact[:2], exact[2:])
+        outcomes = {"PyTorch float32": _reference(size.steps)(*problem.grids, weights)}
+        for precision in _precisions():
+            outcomes[precision] = _ours(size.steps, precision)(*problem.grids, weights)
+    rows, usual = [], None
+    for name, outcome in outcomes.items():
+        border = 0.1 if name in TOLERANCE else 1e-3
+        apart = [((x - y).abs().amax(1) > border).double().mean().item() for x, y in zip(outcome, judge)]
+        usual = usual or apart
+        finite = all(grid.isfinite().all().item() for grid in outcome)
+        alike = name in TOLERANCE or all(ours <= 2 * theirs + 0.01 for ours, theirs in zip(apart, usual))
+        error = max(_norm(x - y) / _norm(y) for x, y in zip(outcome, judge))
+        rows.append({"rollout": name, "steps": size.steps, "mel": apart[0], "linear": apart[1], "error": error})
+        rows[-1]["passed"] = finite and alike
+    return rows
+
+
+def reproducibility(size, found):
+    """Reproducibility: the same bits twice, and with checkpoints"""
+    problem = _random_problem(((size.bands[0], size.width), (size.bands[1], size.width)))
+    rows = []
+    for precision in _precisions():
+        first = _values_and_gradients(_ours(3, precision), problem)
+        for what, options in (("again", {}), ("checkpoint_every=2", {"checkpoint_every": 2})):
+            second = _values_and_gradients(_ours(3, precision, **options), problem)
+            differing = [name for name, x, y in zip(NAMES, first, second, strict=True) if not torch.equal(x, y)]
+            row = {"precision": precision, "run": what, "differs in": ", ".join(differing) or "nothing"}
+            rows.append({**row, "passed": not differing})
+    return rows
+
+
+def launches(size, found):
+    """Launches per step, everything counted that runs on the GPU"""
+    problem = size.problem()
+    few, many = 2, 4
+    rows = []
+    for direction, limit in (("forward", 1), ("training", 3)):
+        counts = [_launches(getattr(Model(problem, "triton"), direction)(n)) for n in (few, many)]
+        per_step = {name: (counts[1].get(name, 0) - counts[0].get(name, 0)) / (many - few) for name in counts[1]}
+        per_step = {name: count for name, count in per_step.items() if count}
+        total = sum(per_step.values())
+        kernels = ", ".join(f"{name} {count:g}" for name, count in per_step.items())
+        rows.append({"work": direction, "per step": total, "kernels": kernels, "passed": total <= limit})
+    return rows
+
+
+def _launches(work):
+    """{kernel: number} of one call, which is not the first."""
+    counts = {}
+    if device() == "cpu":
+        from .accesses import recorded
+
+        with recorded() as found:
+            work()
+        names = [launch.kernel for launch in found]
+    else:
+        work()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            torch.cuda.synchronize()
+        on_gpu = torch.autograd.DeviceType.CUDA
+        names = [e.name for e in profile.events() if e.device_type == on_gpu]
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _captured(work):
+    """-> the CUDA graph of one call, and what it returns, which every replay fills anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
+
+
+def graphs(size, found):
+    """CUDA graphs: a captured rollout and epoch, replayed on other grids, give the bits of the eager ones"""
+    _need_gpu()
+    rows = []
+    for precision in _precisions():
+        for direction, steps in (("forward", size.forward_steps), ("training", size.steps)):
+            problem = size.problem()
+            work = getattr(Model(problem, "triton", precision), direction)(steps)
+            graph, result = _captured(work)
+            for grid in problem.grids:
+                grid[:, 2:].mul_(0.5)
+            graph.replay()
+            replayed = [x.clone() for x in result]
+            equal = all(torch.equal(x, y) for x, y in zip(replayed, work(), strict=True))
+            rows.append({"precision": precision, "work": direction, "steps": steps, "equal": equal, "passed": equal})
+    return rows
+
+
+def _time_of(work):
+    """As ``interleave`` takes it: seconds and peak memory of one call."""
+    if device() == "cpu":
+        started = time.perf_counter()
+        work()
+        return {"seconds": [time.perf_counter() - started], "cores": 1.0, "bytes": None}
+    idle = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    peak = torch.cuda.max_memory_allocated() - idle
+    return {"seconds": [begin.elapsed_time(end) / 1e3], "cores": 1.0, "bytes": peak}
+
+
+def _timed(works, size):
+    """{name: function} -> ({name: quantiles}, {name: why it could not run}), after two calls of each to warm it."""
+    ready, failed = {}, {}
+    for name, work in works.items():
+        try:
+            for _ in range(2):
+                work()
+            ready[name] = partial(_time_of, work)
+        except torch.cuda.OutOfMemoryError:
+            failed[name] = "out of memory"
+            torch.cuda.empty_cache()
+    return interleave(ready, size.budget, size.rounds), failed
+
+
+def memory(size, found):
+    """Memory of an epoch above the idle program's"""
+    _need_gpu()
+    rows = []
+    builds = {"PyTorch eager": lambda problem: Model(problem, "reference")}
+    for every in (None, 4, 10):
+        builds[f"fastnca, checkpoint_every={every}"] = partial(Model, backend="triton", checkpoint_every=every)
+    for name, build in builds.items():
+        work = build(size.problem()).training(size.steps)
+        try:
+            work()
+            rows.append({"implementation": name, "MB": _time_of(work)["bytes"] / 1e6})
+        except torch.cuda.OutOfMemoryError:
+            rows.append({"implementation": name, "note": "out of memory"})
+            torch.cuda.empty_cache()
+    return rows
+
+
+def peaks(size, found):
+    """What the card reaches: products of large matrices, and a copy"""
+    _need_gpu()
+    n = size.matrix
+    works = {}
+    for precision in PRECISIONS:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        works[precision] = partial(tf32(precision == "tf32")(torch.mm), a, b)
+    source = torch.empty(size.copied // 4, device="cuda")
+    target = torch.empty_like(source)
+    works["copy"] = lambda: target.copy_(source)
+    rows = []
+    for name, result in _timed(works, size)[0].items():
+        if name == "copy":
+            rows.append({"what": name, "GB/s read and written": 2 * size.copied / result["p50"] / 1e9})
+        else:
+            rows.append({"what": name, "TFLOP/s": 2 * n**3 / result["p50"] / 1e12})
+    return rows
+
+
+def _shares(row, precision, found, cells_and_steps, flops):
+    """Of the measured peaks, where there are any."""
+    measured = {peak["what"]: peak for peak in found.get("peaks", {}).get("rows", ())}
+    per_second = cells_and_steps / (row["ms"] / 1e3)
+    if precision in measured:
+        row["of matmul peak"] = per_second * flops / (measured[precision]["TFLOP/s"] * 1e12)
+    if "copy" in measured:
+        row["of bandwidth"] = per_second * BYTES / (measured["copy"]["GB/s read and written"] * 1e9)
+    return row
+
+
+def _compare(size, found, direction, steps, flops):
+    works, precision_of = {}, {}
+    problem = size.problem()
+
+    def add(name, precision, work):
+        works[name] = tf32(precision == "tf32")(work)
+        precision_of[name] = precision
+
+    for precision in ("fp32", "tf32") if device() == "cuda" else ("fp32",):
+        add(f"PyTorch eager {precision}", precision, getattr(Model(problem, "reference"), direction)(steps))
+        add(f"torch.compile {precision}", precision, getattr(Compiled(problem), direction)(steps))
+    for precision in _precisions():
+        work = getattr(Model(problem, "triton", precision), direction)(steps)
+        add(f"fastnca {precision}", precision, work)
+        if device() == "cuda":
+            add(f"fastnca {precision}, CUDA graph", precision, _captured(work)[0].replay)
+    timed, failed = _timed(works, size)
+    rows = []
+    first = timed.get("PyTorch eager fp32", {}).get("p50")
+    divisor = steps if direction == "forward" else 1
+    for name, result in timed.items():
+        row = {"implementation": name, "ms": 1e3 * result["p50"] / divisor}
+        row |= {key: 1e3 * result[key] / divisor for key in ("p20", "p80")}
+        row["eager / this"] = first / result["p50"] if first else None
+        if result["bytes"] is not None and direction == "training":
+            row["MB"] = result["bytes"] / 1e6
+        cells = problem.cells * (1 if direction == "forward" else steps)
+        rows.append(_shares(row, precision_of[name], found, cells, flops))
+    return rows + [{"implementation": name, "note": reason} for name, reason in failed.items()]
+
+
+def forward(size, found):
+    """One forward step of both grids"""
+    return _compare(size, found, "forward", size.forward_steps, FORWARD_FLOPS)
+
+
+def training(size, found):
+    """One training epoch: a rollout, the mean absolute error, the gradients of all parameters"""
+    return _compare(size, found, "training", size.steps, TRAINING_FLOPS)
+
+
+def scaling(size, found):
+    """Scaling: nanoseconds per cell and step over width and batch"""
+    rows = []
+    variants = [(width, 1) for width in size.widths] + [(size.widths[0], batch) for batch in size.batches[1:]]
+    for width, batch in variants:
+        row = {"W": width, "batch": batch}
+        problem = size.problem(width, batch)
+        for direction in ("forward", "training"):
+            steps = min(size.forward_steps, max(2, size.forward_steps * size.width // (width * batch)))
+            works = {
+                f"{direction} {precision}": getattr(Model(problem, "triton", precision), direction)(steps)
+                for precision in _precisions()
+            }
+            timed, failed = _timed(works, size)
+            row |= {name: 1e9 * result["p50"] / (problem.cells * steps) for name, result in timed.items()} | failed
+        rows.append(row)
+    return rows
+
+
+def learning(size, found):
+    """Training on the built-in sound: losses beside the reference's"""
+    target = audio.analyze(audio.synthesize_bowed_string(duration=1.0))
+    target = SimpleNamespace(mel_db=target.mel_db[:: size.stride], linear_db=target.linear_db[:: size.stride])
+    recipe = replace(RECIPES["default"], num_steps=size.steps)
+    runs = {"reference": ("reference", "fp32"), **{precision: ("triton", precision) for precision in _precisions()}}
+    rows, losses = [], {}
+    with tf32(False):
+        for name, (backend, precision) in runs.items():
+            started = time.perf_counter()
+            losses[name] = curves.train(target, size.frames, recipe, size.epochs, backend, precision, device=device())
+            seconds = time.perf_counter() - started
+            row = {"run": name, "epochs": size.epochs, "seconds": seconds}
+            row |= curves.compare(losses[name], losses["reference"])
+            passed = abs(row["final_loss_ratio"] - 1.0) < 0.1
+            rows.append({**row, "losses": losses[name].tolist(), "passed": passed})
+    return rows
+
+
+SECTIONS = (
+    environment,
+    parity,
+    rollouts,
+    reproducibility,
+    launches,
+    graphs,
+    memory,
+    peaks,
+    forward,
+    training,
+    scaling,
+    learning,
+)
+
+
+def _run(number, size, found):
+    """In the sections' process."""
+    torch.set_num_threads(1)
+    try:
+        return {"rows": SECTIONS[number](size, found)}
+    except NeedsGpu as reason:
+        return {"note": str(reason)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def passed(results):
+    return all(
+        "error" not in section and all(row.get("passed", True) for row in section.get("rows", ()))
+        for section in results["sections"].values()
+    )
+
+
+def _cell(value):
+    if isinstance(value, bool):
+        return "yes" if value else "**NO**"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def _section(section):
+    if "error" in section:
+        return f"**ERROR**\n\n```\n{section['error'].strip()}\n```"
+    if "note" in section:
+        return section["note"]
+    keys = list(dict.fromkeys(key for row in section["rows"] for key in row if key != "losses"))
+    return table(keys, [[_cell(row.get(key)) for key in keys] for row in section["rows"]])
+
+
+def markdown(results):
+    verdict = "All checks passed." if passed(results) else "**Some checks failed.**"
+    if len(results["sections"]) < len(SECTIONS):
+        verdict += " The run is not complete."
+    parts = [f"# fastnca on this GPU\n\n`{results['command']}`, {results['seconds'] / 60:.1f} minutes. {verdict}"]
+    for section in SECTIONS:
+        if section.__name__ in results["sections"]:
+            parts.append(f"**{section.__doc__}**\n\n{_section(results['sections'][section.__name__])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _write(folder, results):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("gpu_check.md", markdown(results)), ("gpu_check.json", json.dumps(results, indent=1) + "\n")):
+        with atomic_write(folder / name) as file:
+            file.write(text.encode())
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.split("\n")[0])
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for gpu_check.md and gpu_check.json")
+    parser.add_argument("--quick", action="store_true", help="tiny grids and few steps")
+    options = parser.parse_args(arguments)
+    reason = why_not()
+    if reason:
+        raise SystemExit(
+            f"benchmarks.gpu_check: the Triton kernels cannot run here: {reason}. "
+            "TRITON_INTERPRET=1 with --quick runs them in Triton's interpreter."
+        )
+    size = QUICK if options.quick else Size()
+    command = shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments])
+    results = {"command": command, "quick": options.quick, "seconds": 0.0, "sections": {}}
+    started = time.monotonic()
+    process = None
+    for number, section in enumerate(SECTIONS):
+        name = section.__name__
+        print(
+            f"[{time.monotonic() - started:6.0f} s] {number + 1} of {len(SECTIONS)}: {name} ... ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+        process = process or ProcessPoolExecutor(1, get_context("spawn"))
+        try:
+            outcome = process.submit(_run, number, size, results["sections"]).result()
+        except Exception as error:  # the process is gone
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        if "error" in outcome:
+            process.shutdown(wait=False, cancel_futures=True)
+            process = None
+        outcome["seconds"] = time.monotonic() - started - results["seconds"]
+        results["seconds"] = time.monotonic() - started
+        results["sections"][name] = outcome
+        failing = sum(not row.get("passed", True) for row in outcome.get("rows", ()))
+        verdict = "error" if "error" in outcome else outcome.get("note") or (f"{failing} failed" if failing else "done")
+        print(verdict, file=sys.stderr, flush=True)
+        _write(options.out, results)
+    if process:
+        process.shutdown()
+    print(markdown(results))
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(0 if passed(main()) else 1)
