@@ -43,8 +43,9 @@ from .workers import interleave
 
 BYTES = 128  # per cell and step: the state read and written
 PRECISIONS = _triton.PRECISIONS
-# Of the result's norm, over two steps. fp32 is held to what float32 PyTorch errs by.
-TOLERANCE = {"tf32": 2e-2, "bf16": 1e-1}
+# Of the norms of values and of gradients, over two steps; fp32 is held to what float32 PyTorch errs by. Rounding can
+# let another cell win a window of the life mask, which gets the gradient then: a whole one, however small the rounding.
+TOLERANCE = {"tf32": {"values": 1e-2, "gradients": 1e-1}, "bf16": {"values": 5e-2, "gradients": 5e-1}}
 NAMES = ("mel", "lin", "grad mel", "grad lin", "grad w1", "grad b1", "grad w2", "grad b2", "grad w3", "grad b3")
 
 
@@ -72,18 +73,19 @@ class Size:
         return Problem(width or self.width, batch, mel, linear, device=device())
 
 
+# One or two tiles of each grid: the interpreter takes tens of milliseconds for every program.
 QUICK = Size(
-    bands=(3, 9),
-    width=8,
-    steps=4,
+    bands=(2, 5),
+    width=2,
+    steps=2,
     forward_steps=2,
-    widths=(4, 8),
+    widths=(2,),
     batches=(1, 2),
-    grids=(((1, 1), (1, 7)), ((3, 5), (7, 9))),
+    grids=(((1, 1), (1, 2)), ((2, 2), (9, 1))),
     epochs=2,
-    frames=3,
-    stride=80,
-    rounds=2,
+    frames=2,
+    stride=200,
+    rounds=1,
     budget=1.0,
     matrix=256,
     copied=2**20,
@@ -225,8 +227,8 @@ def parity(size, found):
             for name, x, y, expected in zip(NAMES, actual, eager, judge, strict=True):
                 scale = max(_norm(expected), 1e-30)
                 error, usual = _norm(x - expected) / scale, _norm(y - expected) / scale
-                passed &= error <= TOLERANCE.get(precision, 4 * usual + 1e-5)
                 kind = "gradients" if name.startswith("grad") else "values"
+                passed &= error <= (TOLERANCE[precision][kind] if precision in TOLERANCE else 4 * usual + 1e-5)
                 worst[kind] = max(worst[kind], error)
                 worst["PyTorch float32"] = max(worst["PyTorch float32"], usual)
             shapes = " + ".join("x".join(map(str, grid)) for grid in grids)
@@ -265,9 +267,9 @@ def reproducibility(size, found):
     problem = _random_problem(((size.bands[0], size.width), (size.bands[1], size.width)))
     rows = []
     for precision in _precisions():
-        first = _values_and_gradients(_ours(3, precision), problem)
+        first = _values_and_gradients(_ours(2, precision), problem)
         for what, options in (("again", {}), ("checkpoint_every=2", {"checkpoint_every": 2})):
-            second = _values_and_gradients(_ours(3, precision, **options), problem)
+            second = _values_and_gradients(_ours(2, precision, **options), problem)
             differing = [name for name, x, y in zip(NAMES, first, second, strict=True) if not torch.equal(x, y)]
             row = {"precision": precision, "run": what, "differs in": ", ".join(differing) or "nothing"}
             rows.append({**row, "passed": not differing})
@@ -361,12 +363,11 @@ def _time_of(work):
 
 
 def _timed(works, size):
-    """{name: function} -> ({name: quantiles}, {name: why it could not run}), after two calls of each to warm it."""
+    """{name: function} -> ({name: quantiles}, {name: why it could not run}), after a call of each to warm it."""
     ready, failed = {}, {}
     for name, work in works.items():
         try:
-            for _ in range(2):
-                work()
+            work()
             ready[name] = partial(_time_of, work)
         except torch.cuda.OutOfMemoryError:
             failed[name] = "out of memory"
@@ -434,7 +435,8 @@ def _compare(size, found, direction, steps, flops):
 
     for precision in ("fp32", "tf32") if device() == "cuda" else ("fp32",):
         add(f"PyTorch eager {precision}", precision, getattr(Model(problem, "reference"), direction)(steps))
-        add(f"torch.compile {precision}", precision, getattr(Compiled(problem), direction)(steps))
+        if device() == "cuda":
+            add(f"torch.compile {precision}", precision, getattr(Compiled(problem), direction)(steps))
     for precision in _precisions():
         work = getattr(Model(problem, "triton", precision), direction)(steps)
         add(f"fastnca {precision}", precision, work)
@@ -530,11 +532,13 @@ def _run(number, size, found):
         return {"error": traceback.format_exc()}
 
 
+def failures(section):
+    """How many rows of a section did not pass; an error counts as one."""
+    return int("error" in section) + sum(not row.get("passed", True) for row in section.get("rows", ()))
+
+
 def passed(results):
-    return all(
-        "error" not in section and all(row.get("passed", True) for row in section.get("rows", ()))
-        for section in results["sections"].values()
-    )
+    return not any(map(failures, results["sections"].values()))
 
 
 def _cell(value):
@@ -591,12 +595,8 @@ def main(arguments=None):
     process = None
     for number, section in enumerate(SECTIONS):
         name = section.__name__
-        print(
-            f"[{time.monotonic() - started:6.0f} s] {number + 1} of {len(SECTIONS)}: {name} ... ",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
+        say = partial(print, file=sys.stderr, flush=True)
+        say(f"[{time.monotonic() - started:6.0f} s] {number + 1} of {len(SECTIONS)}: {name} ...", end=" ")
         process = process or ProcessPoolExecutor(1, get_context("spawn"))
         try:
             outcome = process.submit(_run, number, size, results["sections"]).result()
@@ -608,9 +608,8 @@ def main(arguments=None):
         outcome["seconds"] = time.monotonic() - started - results["seconds"]
         results["seconds"] = time.monotonic() - started
         results["sections"][name] = outcome
-        failing = sum(not row.get("passed", True) for row in outcome.get("rows", ()))
-        verdict = "error" if "error" in outcome else outcome.get("note") or (f"{failing} failed" if failing else "done")
-        print(verdict, file=sys.stderr, flush=True)
+        failing = failures(outcome)
+        say("error" if "error" in outcome else outcome.get("note") or (f"{failing} failed" if failing else "done"))
         _write(options.out, results)
     if process:
         process.shutdown()
