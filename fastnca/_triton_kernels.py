@@ -186,13 +186,20 @@ def _perceive(values, alpha, life, y, x, local, height, width, MASKED: tl.conste
 
 
 @triton.jit
+def _rounded(x):
+    """The nearest bf16 number, as float32; the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _dot(a, b, sum, DOT: tl.constexpr):
     """sum + a @ b. `DOT` names the precision; "bf16 in fp32" is for the interpreter, which has no bf16 products."""
     if DOT == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sum)
     elif DOT == "bf16 in fp32":
-        a, b = a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32)
-        return tl.dot(a, b, sum, input_precision="ieee")
+        return tl.dot(_rounded(a), _rounded(b), sum, input_precision="ieee")
     else:
         return tl.dot(a, b, sum, input_precision=DOT)
 
