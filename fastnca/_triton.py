@@ -16,8 +16,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # Addresses within a tile are 32-bit: (tile height + 4) * width * 64 must stay below 2^31.
 MAX_WIDTH = 1 << 20
 
-# What tl.dot is asked for. "ieee" because the split products (tf32x3, bf16x6) are no faster to prove than to run: their
-# rounding inside the tensor cores is not specified.
+# What tl.dot is asked for. Split products (tf32x3, bf16x6) would bring fp32 to tensor cores too, but how these round
+# their sums is not specified: "ieee" needs no GPU to show that it has the accuracy of float32.
 _DOT = {"fp32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 
 INSTALLED = find_spec("triton") is not None
@@ -127,7 +127,7 @@ def compilations(architecture, precision):
 
     Args:
         architecture: a compute capability of ``NVIDIA`` as a number, or a name of ``AMD``.
-        precision: "fp32", "tf32" or "bf16".
+        precision: "fp32", "tf32" (not on AMD) or "bf16".
 
     Yields:
         (name, fn, signature, constexprs, attrs, options): a readable name, unique here; the ``triton.jit`` function;
