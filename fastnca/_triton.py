@@ -4,7 +4,9 @@ Importing this module does not import Triton: the first launch does.
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec
 
 import torch
@@ -14,8 +16,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # Addresses within a tile are 32-bit: (tile height + 4) * width * 64 must stay below 2^31.
 MAX_WIDTH = 1 << 20
 
-# What tl.dot is asked for. "ieee" because the split products (tf32x3, bf16x6) are no faster to prove than to run: their
-# rounding inside the tensor cores is not specified.
+# What tl.dot is asked for. Split products (tf32x3, bf16x6) would bring fp32 to tensor cores too, but how these round
+# their sums is not specified: "ieee" needs no GPU to show that it has the accuracy of float32.
 _DOT = {"fp32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 
 INSTALLED = find_spec("triton") is not None
@@ -125,7 +127,7 @@ def compilations(architecture, precision):
 
     Args:
         architecture: a compute capability of ``NVIDIA`` as a number, or a name of ``AMD``.
-        precision: "fp32", "tf32" or "bf16".
+        precision: "fp32", "tf32" (not on AMD) or "bf16".
 
     Yields:
         (name, fn, signature, constexprs, attrs, options): a readable name, unique here; the ``triton.jit`` function;
@@ -279,6 +281,18 @@ def _unpack(total):
     return [w1, b1.clone(), w2, b2.clone(), w3, b3.clone()]
 
 
+def _on_device_of_first(function):
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @wraps(function)
+    def wrapped(tensor, *arguments):
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            return function(tensor, *arguments)
+
+    return wrapped
+
+
+@_on_device_of_first
 def rollout(mel, lin, weights, num_steps, save_every, life_mask, precision, states):
     """-> final (mel, lin). ``states`` receives every ``save_every``-th state and the last, or is None."""
     launcher = _Launcher(mel, lin, life_mask, precision)
@@ -294,12 +308,18 @@ def rollout(mel, lin, weights, num_steps, save_every, life_mask, precision, stat
             return states[step // save_every]
         return unsaved[step % 2]
 
+    if states is not None:
+        # What no kernel writes, and none reads: equal inputs must give equal states.
+        cells = (mel.numel() + lin.numel()) // 16
+        states[:, cells * (18 if life_mask else 16) :].zero_()
+        states[0, cells * 16 :].zero_()
     launcher.load(mel.contiguous(), lin.contiguous(), state(0))
     for step in range(num_steps):
         launcher.step(state(step), state(step + 1), network, life_mask and step > 0)
     return launcher.store(state(num_steps), life_mask)
 
 
+@_on_device_of_first
 def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask, precision):
     """-> gradients of the initial (mel, lin) and of the six parameters."""
     launcher = _Launcher(grad_mel, grad_lin, life_mask, precision)

