@@ -42,7 +42,6 @@ from .implementations import Compiled, Model, Problem
 from .workers import interleave
 
 BYTES = 128  # per cell and step: the state read and written
-PRECISIONS = _triton.PRECISIONS
 # Of the norms of values and of gradients, over two steps; fp32 is held to what float32 PyTorch errs by. Rounding can
 # let another cell win a window of the life mask, which gets the gradient then: a whole one, however small the rounding.
 TOLERANCE = {"tf32": {"values": 1e-2, "gradients": 1e-1}, "bf16": {"values": 5e-2, "gradients": 5e-1}}
@@ -67,13 +66,14 @@ class Size:
     budget: float = 20.0  # seconds per implementation
     matrix: int = 8192
     copied: int = 2**30  # bytes
+    precisions: tuple = _triton.PRECISIONS  # of what is slow; parity and rollouts have all
 
     def problem(self, width=None, batch=1):
         mel, linear = self.bands
         return Problem(width or self.width, batch, mel, linear, device=device())
 
 
-# One or two tiles of each grid: the interpreter takes tens of milliseconds for every program.
+# One or two tiles of each grid: the interpreter takes a tenth of a second for every program.
 QUICK = Size(
     bands=(2, 5),
     width=2,
@@ -90,6 +90,7 @@ QUICK = Size(
     matrix=256,
     copied=2**20,
 )
+INTERPRETED = replace(QUICK, precisions=("bf16",))
 
 
 class NeedsGpu(Exception):
@@ -110,9 +111,9 @@ def _need_gpu():
         raise NeedsGpu("needs a GPU")
 
 
-def _precisions():
+def _precisions(wanted=_triton.PRECISIONS):
     """Those that run here: AMD has no tf32."""
-    return [p for p in PRECISIONS if _triton.why_not(torch.device(device()), torch.float32, 16, p) is None]
+    return [p for p in wanted if _triton.why_not(torch.device(device()), torch.float32, 16, p) is None]
 
 
 @contextmanager
@@ -221,7 +222,7 @@ def parity(size, found):
         with tf32(False):
             judge = _values_and_gradients(plain, problem, torch.float64)
             eager = _values_and_gradients(plain, problem)
-        for precision in _precisions():
+        for precision in _precisions(size.precisions if options or batch > 1 else _triton.PRECISIONS):
             actual = _values_and_gradients(_ours(2, precision, **options), problem)
             worst, passed = {"values": 0.0, "gradients": 0.0, "PyTorch float32": 0.0}, True
             for name, x, y, expected in zip(NAMES, actual, eager, judge, strict=True):
@@ -266,7 +267,7 @@ def reproducibility(size, found):
     """Reproducibility: the same bits twice, and with checkpoints"""
     problem = _random_problem(((size.bands[0], size.width), (size.bands[1], size.width)))
     rows = []
-    for precision in _precisions():
+    for precision in _precisions(size.precisions):
         first = _values_and_gradients(_ours(2, precision), problem)
         for what, options in (("again", {}), ("checkpoint_every=2", {"checkpoint_every": 2})):
             second = _values_and_gradients(_ours(2, precision, **options), problem)
@@ -279,7 +280,7 @@ def reproducibility(size, found):
 def launches(size, found):
     """Launches per step, everything counted that runs on the GPU"""
     problem = size.problem()
-    few, many = 2, 4
+    few, many = 1, 2  # the first step reads a state without a life mask
     rows = []
     for direction, limit in (("forward", 1), ("training", 3)):
         counts = [_launches(getattr(Model(problem, "triton"), direction)(n)) for n in (few, many)]
@@ -331,7 +332,7 @@ def graphs(size, found):
     """CUDA graphs: a captured rollout and epoch, replayed on other grids, give the bits of the eager ones"""
     _need_gpu()
     rows = []
-    for precision in _precisions():
+    for precision in _precisions(size.precisions):
         for direction, steps in (("forward", size.forward_steps), ("training", size.steps)):
             problem = size.problem()
             work = getattr(Model(problem, "triton", precision), direction)(steps)
@@ -398,7 +399,7 @@ def peaks(size, found):
     _need_gpu()
     n = size.matrix
     works = {}
-    for precision in PRECISIONS:
+    for precision in _triton.PRECISIONS:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         works[precision] = partial(tf32(precision == "tf32")(torch.mm), a, b)
@@ -437,7 +438,7 @@ def _compare(size, found, direction, steps, flops):
         add(f"PyTorch eager {precision}", precision, getattr(Model(problem, "reference"), direction)(steps))
         if device() == "cuda":
             add(f"torch.compile {precision}", precision, getattr(Compiled(problem), direction)(steps))
-    for precision in _precisions():
+    for precision in _precisions(size.precisions):
         work = getattr(Model(problem, "triton", precision), direction)(steps)
         add(f"fastnca {precision}", precision, work)
         if device() == "cuda":
@@ -478,7 +479,7 @@ def scaling(size, found):
             steps = min(size.forward_steps, max(2, size.forward_steps * size.width // (width * batch)))
             works = {
                 f"{direction} {precision}": getattr(Model(problem, "triton", precision), direction)(steps)
-                for precision in _precisions()
+                for precision in _precisions(size.precisions)
             }
             timed, failed = _timed(works, size)
             row |= {name: 1e9 * result["p50"] / (problem.cells * steps) for name, result in timed.items()} | failed
@@ -491,7 +492,10 @@ def learning(size, found):
     target = audio.analyze(audio.synthesize_bowed_string(duration=1.0))
     target = SimpleNamespace(mel_db=target.mel_db[:: size.stride], linear_db=target.linear_db[:: size.stride])
     recipe = replace(RECIPES["default"], num_steps=size.steps)
-    runs = {"reference": ("reference", "fp32"), **{precision: ("triton", precision) for precision in _precisions()}}
+    runs = {
+        "reference": ("reference", "fp32"),
+        **{precision: ("triton", precision) for precision in _precisions(size.precisions)},
+    }
     rows, losses = [], {}
     with tf32(False):
         for name, (backend, precision) in runs.items():
@@ -521,11 +525,11 @@ SECTIONS = (
 )
 
 
-def _run(number, size, found):
+def _run(section, size, found):
     """In the sections' process."""
     torch.set_num_threads(1)
     try:
-        return {"rows": SECTIONS[number](size, found)}
+        return {"rows": section(size, found)}
     except NeedsGpu as reason:
         return {"note": str(reason)}
     except Exception:
@@ -589,6 +593,10 @@ def main(arguments=None):
             "TRITON_INTERPRET=1 with --quick runs them in Triton's interpreter."
         )
     size = QUICK if options.quick else Size()
+    if device() == "cpu":
+        if not options.quick:
+            parser.error("Triton's interpreter needs --quick")
+        size = INTERPRETED
     command = shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments])
     results = {"command": command, "quick": options.quick, "seconds": 0.0, "sections": {}}
     started = time.monotonic()
@@ -599,7 +607,7 @@ def main(arguments=None):
         say(f"[{time.monotonic() - started:6.0f} s] {number + 1} of {len(SECTIONS)}: {name} ...", end=" ")
         process = process or ProcessPoolExecutor(1, get_context("spawn"))
         try:
-            outcome = process.submit(_run, number, size, results["sections"]).result()
+            outcome = process.submit(_run, section, size, results["sections"]).result()
         except Exception as error:  # the process is gone
             outcome = {"error": f"{type(error).__name__}: {error}"}
         if "error" in outcome:
