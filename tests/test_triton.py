@@ -176,6 +176,7 @@ def test_long_rollout_flips_no_more_cells_than_float32(large_tiles):
         assert mine <= 2 * theirs + 0.01
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter
 @pytest.mark.parametrize("channel", [0, 1, 7])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40], ids=str)
 def test_special_values_spread_as_in_the_reference(large_tiles, value, channel):
@@ -191,6 +192,7 @@ def test_special_values_spread_as_in_the_reference(large_tiles, value, channel):
         torch.testing.assert_close(mine, target, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-40], ids=str)
 def test_special_gradients_spread_as_in_the_reference(large_tiles, value):
     grids, weights, grads = make_problem(((5, 9), (3, 8)), num_steps=1)
