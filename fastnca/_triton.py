@@ -66,8 +66,9 @@ def configuration(architecture, precision):
         step, backward = Shape((8, 8), 4, chunk=16), Shape((8, 2), 8, chunk=16)
         return Configuration(step, backward, programs=4 * processors, groups=processors)
     # Tensor cores. 64 cells are the height of one wgmma or tcgen05 product, and one program of four warps leaves room
-    # for a second on the same multiprocessor.
+    # for a second on the same multiprocessor, but for weights in tf32 (86 KB) where that has 100 KB.
     step = Shape((8, 8), 4)
+    programs = processors if architecture in (86, 89, 120) and precision == "tf32" else 2 * processors
     # 17,408 sums of weight gradients take 68 registers in each of 256 threads: beside them there is room for 32 cells.
     backward = Shape((8, 4), 8)
     if architecture in (80, 86, 89, 120) and (precision == "tf32" or architecture == 120):
@@ -76,7 +77,7 @@ def configuration(architecture, precision):
         backward = Shape((8, 4), 8, chunk=64)
     elif architecture == 100:
         backward = Shape((8, 4), 8, max_registers=255)  # by itself the compiler stops at 128 registers and spills
-    return Configuration(step, backward, programs=2 * processors, groups=processors)
+    return Configuration(step, backward, programs, groups=processors)
 
 
 def architecture_of(device):
@@ -106,6 +107,10 @@ def why_not(device, dtype, num_channels, precision):
         return None
     if device.type != "cuda":
         return f"it runs on GPU tensors, not on {device.type}"
+    return _gpu_why_not(device, precision)
+
+
+def _gpu_why_not(device, precision):
     if not torch.cuda.is_available():
         return "this PyTorch finds no GPU (torch.cuda.is_available() is False)"
     architecture = architecture_of(device)
@@ -117,6 +122,11 @@ def why_not(device, dtype, num_channels, precision):
     if torch.version.hip and precision == "tf32":
         return "Triton has no tf32 products on AMD"
     return None
+
+
+# While torch.compile traces, what a GPU is must not be traced. This is all that torch.compiler.assume_constant_result
+# does, without importing the compiler.
+_gpu_why_not._dynamo_marked_constant = True
 
 
 _SIZES = ("batch", "mel_height", "mel_width", "lin_height", "lin_width")

