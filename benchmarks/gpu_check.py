@@ -165,7 +165,7 @@ def environment(size, found):
 
 
 def _nvidia_smi():
-    fields = "driver_version clocks.sm clocks.max.sm clocks.mem clocks.max.mem power.limit temperature.gpu".split()  # noqa: SIM905
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -611,7 +611,7 @@ def main(arguments=None):
         except Exception as error:  # the process is gone
             outcome = {"error": f"{type(error).__name__}: {error}"}
         if "error" in outcome:
-            process.shutdown(wait=False, cancel_futures=True)
+            process.shutdown()
             process = None
         outcome["seconds"] = time.monotonic() - started - results["seconds"]
         results["seconds"] = time.monotonic() - started
