@@ -402,6 +402,17 @@ def _prediction_line(prediction):
     return [prediction["part"], prediction["precision"], prediction["pass"], *numbers, limits]
 
 
+def _headline(predictions):
+    """The H100's figures in words."""
+    sentences = [
+        f"{p['precision']} {p['pass']} at least {p['bound']:.0f} us, {p['ratio']:.1f} times the roofline of "
+        f"{p['roofline']:.0f} us"
+        for p in predictions
+        if p["part"] == "H100 SXM"
+    ]
+    return f"H100, per step: {'; '.join(sentences)}." if sentences else ""
+
+
 def markdown(report):
     nvidia = [row for row in report["kernels"] if row["architecture"] in _triton.NVIDIA]
     amd = [row for row in report["kernels"] if row["architecture"] in _triton.AMD]
@@ -421,6 +432,7 @@ def markdown(report):
         assumptions = __doc__[__doc__.index("Its assumptions:") :].partition("\n\n")[2].strip()
         parts.append(
             f"**PREDICTION: time per step at W = {WIDTH}, no measurement**\n\n"
+            f"{_headline(report['predictions'])}\n\n"
             + table(titles, [_prediction_line(p) for p in report["predictions"]])
             + f"\n\n{assumptions}\n\n{WITHOUT}"
         )
