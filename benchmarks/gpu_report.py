@@ -17,6 +17,7 @@ follows a PREDICTION of the time per step, and nothing else here is about time. 
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -112,15 +113,18 @@ def _compilations(architecture, precision):
 
 
 def fingerprint():
-    """Of all that decides what is compiled: the kernels' source and every signature, constant and option."""
-    source = (Path(_triton.__file__).parent / "_triton_kernels.py").read_text()
+    """Of all that decides what is compiled: the kernels' code, comments aside, and every constant and option."""
+    code = ast.parse((Path(_triton.__file__).parent / "_triton_kernels.py").read_text())
+    for node in ast.walk(code):
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
     requests = [
         (architecture, precision, name, request[1:])
         for architecture in (*_triton.NVIDIA, *_triton.AMD)
         for precision in _triton.PRECISIONS
         for name, request in _compilations(architecture, precision).items()
     ]
-    return hashlib.sha256((source + repr(requests)).encode()).hexdigest()[:16]
+    return hashlib.sha256((ast.dump(code) + repr(requests)).encode()).hexdigest()[:16]
 
 
 def compile_kernel(architecture, precision, name):
