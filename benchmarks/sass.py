@@ -69,10 +69,13 @@ class Instruction:
 
     @property
     def on_chip_bytes(self):
-        """Bytes that one warp moves through the first-level cache or shared memory."""
+        """Bytes that one warp moves at least through the first-level cache or shared memory, 128 of them in a clock. What
+        LDS loads may be the same for many threads and then takes a clock whatever its width."""
         if self.opcode in ("LDSM", "STSM"):
             return 128 * {"2": 2, "4": 4}.get(self.name.rpartition(".")[2], 1)
-        if self.opcode in ("LDG", "STG", "LDS", "STS", "LDL", "STL"):
+        if self.opcode == "LDS":
+            return 128
+        if self.opcode in ("LDG", "STG", "STS", "LDL", "STL"):
             width = _WIDTH.search(self.name)
             return 32 * (int(width[1]) // 8 if width else 4)
         return 0
