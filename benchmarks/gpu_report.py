@@ -149,6 +149,8 @@ def compile_kernel(architecture, precision, name):
     try:
         compiled = triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options)
     except Exception as error:
+        while error.__cause__:  # Triton wraps the reason in the source lines that lead to it
+            error = error.__cause__
         return {**row, "error": str(error).strip().splitlines()[-1]}
     row["shared"] = compiled.metadata.shared
     if architecture in _triton.AMD:

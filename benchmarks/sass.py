@@ -69,8 +69,8 @@ class Instruction:
 
     @property
     def on_chip_bytes(self):
-        """Bytes that one warp moves at least through the first-level cache or shared memory, 128 of them in a clock. What
-        LDS loads may be the same for many threads and then takes a clock whatever its width."""
+        """Bytes that one warp at least moves through the first-level cache or shared memory, 128 of them in a clock.
+        What LDS loads may be the same for many threads and then takes one clock whatever its width."""
         if self.opcode in ("LDSM", "STSM"):
             return 128 * {"2": 2, "4": 4}.get(self.name.rpartition(".")[2], 1)
         if self.opcode == "LDS":
