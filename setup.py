@@ -18,6 +18,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2": ["-mavx2", "-mfma"],
         "avx512": AVX512,
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]

@@ -237,10 +237,14 @@ class RoundedF:
         return F.conv2d(x, weight, *args, **kwargs) if kwargs else RoundedProduct.apply(x, weight, *args)
 
 
-@pytest.fixture
-def bf16():
-    if not _cpu._C.has_bf16():
-        pytest.skip("the processor has no AVX512-BF16")
+@pytest.fixture(params=["avx512_bf16", "amx_bf16"])
+def bf16(request):
+    if request.param not in CAPABILITIES:
+        pytest.skip(f"the processor has no {request.param}")
+    before = _cpu.capability()
+    _cpu._C.set_capability(request.param)
+    yield
+    _cpu._C.set_capability(before)
 
 
 @pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
@@ -305,10 +309,10 @@ def test_bf16_learns_as_fp32_does(bf16):
 
 def test_bf16_is_refused_without_its_instructions(capability):
     reason = _cpu.why_not(torch.device("cpu"), torch.float32, 16, "bf16")
-    if capability == "avx512_bf16":
+    if capability.endswith("bf16"):
         assert reason is None
         return
-    assert reason == f"precision='bf16' needs the instruction set avx512_bf16, and {capability} is in use"
+    assert reason == f"precision='bf16' needs the instruction set avx512_bf16 or amx_bf16, and {capability} is in use"
     grids = [torch.zeros(1, 16, 2, 2)] * 2
     weights = [torch.zeros(shape) for shape in ops._WEIGHT_SHAPES]
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: precision='bf16' needs"):
