@@ -113,7 +113,7 @@ struct Bf16 {
     using Words = IntVec;
     static constexpr int per_word = 2;
 #if defined(__AMX_BF16__)
-    static constexpr int block = 128;
+    static constexpr int block = 256;
     static constexpr int cells_per_sum = 32;
 #else
     static constexpr int block = 96;
@@ -435,12 +435,17 @@ void accumulate(const typename Operand::Element* in, const typename Operand::Ele
 
 template <class Operand, int kOut>
 void accumulate_bias(const typename Operand::Element* delta, int cells, float* gradient) {
-    for (int o = 0; o < kOut; o += kLanes) {
-        Vec sum{};
+    constexpr int vectors = min(kOut / kLanes, kGradVectors);
+    for (int o = 0; o < kOut; o += vectors * kLanes) {
+        Vec sums[vectors] = {};
         for (int cell = 0; cell < cells; cell += Operand::per_word)
-            sum = Operand::multiply_add(sum, Operand::ones(),
-                                        Operand::words(delta + cell * kOut + o * Operand::per_word));
-        store(gradient + o, load(gradient + o) + sum);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                sums[v] = Operand::multiply_add(
+                    sums[v], Operand::ones(),
+                    Operand::words(delta + cell * kOut + (o + v * kLanes) * Operand::per_word));
+        for (int v = 0; v < vectors; v++)
+            store(gradient + o + v * kLanes, load(gradient + o + v * kLanes) + sums[v]);
     }
 }
 
