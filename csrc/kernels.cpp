@@ -11,6 +11,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // GCC's name and Clang's
+#define FASTNCA_TILES
+#endif
 
 namespace fastnca {
 namespace FASTNCA_ISA {
@@ -112,7 +115,7 @@ struct Bf16 {
     using Element = uint16_t;
     using Words = IntVec;
     static constexpr int per_word = 2;
-#if defined(__AMX_BF16__)
+#if defined(FASTNCA_TILES)
     static constexpr int block = 256;
     static constexpr int cells_per_sum = 32;
 #else
@@ -167,7 +170,7 @@ struct Bf16 {
                 *reinterpret_cast<IntVecMemory*>(out) = pair<kColumns>(elements + i);
         return reinterpret_cast<const Element*>(memory);
     }
-#if defined(__AMX_BF16__)
+#if defined(FASTNCA_TILES)
     // From [cell][column] to [column][block].
     template <int kColumns>
     static const Element* inputs_by_cells(const Element* elements, int cells, float* memory) {
@@ -237,7 +240,7 @@ void pack_panels(typename Operand::Element* packed, const Weight& weight) {
                 for (int k = 0; k < Operand::per_word; k++) *packed++ = Operand::convert(weight(i + k, o));
 }
 
-#if defined(__AMX_BF16__)
+#if defined(FASTNCA_TILES)
 // GCC does not see that tile instructions read memory: what was stored there before must not be delayed.
 FASTNCA_INLINE void finish_stores(const void* to) { __asm__ volatile("" : : "r"(to) : "memory"); }
 
@@ -356,7 +359,7 @@ void tile_accumulate(const uint16_t* in, const uint16_t* delta, int cells, float
 template <class Operand, int kIn, int kOut, class Emit>
 FASTNCA_INLINE void product(const typename Operand::Element* in, const typename Operand::Element* packed,
                             const float* bias, int cells, const Emit& emit) {
-#if defined(__AMX_BF16__)
+#if defined(FASTNCA_TILES)
     if constexpr (Operand::per_word == 2) return tile_product<kIn, kOut>(in, packed, bias, cells, emit);
 #endif
     using Shape = TileShape<kOut>;
@@ -398,7 +401,7 @@ FASTNCA_INLINE void product(const typename Operand::Element* in, const typename 
 template <class Operand, int kIn, int kOut>
 void accumulate(const typename Operand::Element* in, const typename Operand::Element* delta, int cells,
                 float* gradient) {
-#if defined(__AMX_BF16__)
+#if defined(FASTNCA_TILES)
     if constexpr (Operand::per_word == 2) return tile_accumulate<kIn, kOut>(in, delta, cells, gradient);
 #endif
     constexpr int per_word = Operand::per_word;
@@ -941,7 +944,7 @@ void read_gradient(const float* gradient, const Tile* tiles, const Tile& tile, f
 
 template <class Operand>
 double multiply_adds(int64_t rounds) {
-#if defined(__AMX_BF16__)
+#if defined(FASTNCA_TILES)
     if constexpr (Operand::per_word == 2) {
         const TileRegisters registers(kTileSide);
         for (int64_t round = 0; round < rounds; round++) {
