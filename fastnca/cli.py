@@ -26,6 +26,10 @@ Vocoder = Annotated[
 ]
 BigVGAN = Annotated[str | None, typer.Option(help="A hub name or a folder with config.json and the weights.")]
 Backend = Annotated[str | None, typer.Option(help="auto, or a name from `fastnca info`.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="Of the training's matrix products: fp32, bf16, or auto, which takes the faster."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that the folder holds.")]
 
@@ -50,7 +54,8 @@ def _grow(source, out, **options):
     with _one_line_errors(1):
         result, interrupted = run.grow()
     typer.echo(
-        f"{run.out}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s ({result['backend']}), "
+        f"{run.out}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s "
+        f"({result['backend']} {result['precision']}), "
         f"mel {result['mel_l1_db']:.1f} dB and linear {result['linear_l1_db']:.1f} dB from the target, "
         f"decoded by {result['vocoder']}"
     )
@@ -69,6 +74,7 @@ def grow(
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = None,
+    precision: Precision = None,
     checkpoint_every_epochs: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 10,
     seed: Seed = None,
     resume: Resume = False,
@@ -89,6 +95,7 @@ def grow(
         vocoder_choice=vocoder,
         bigvgan=bigvgan,
         backend=backend,
+        precision=precision,
         checkpoint_every_epochs=checkpoint_every_epochs,
         seed=seed,
         resume=resume,
@@ -185,6 +192,7 @@ def info():
         for backend in backends.BACKENDS:
             reason = backends.why_not(backend, device=device)
             typer.echo(f"  {backend}: {'can run' if reason is None else 'cannot run: ' + reason}")
+        typer.echo(f"  grow trains in {backends.fastest_precision(backends.choose_backend(device=device))}")
 
 
 def main():

@@ -45,6 +45,7 @@ DEFAULTS = {
     "vocoder": "auto",
     "bigvgan": None,
     "backend": "auto",
+    "precision": "auto",
 }
 DEFAULT_MINUTES = 10.0
 
@@ -57,6 +58,7 @@ class Run:
 
     Args:
         epochs, minutes: the budget of training, whichever ends first; without either, 10 minutes.
+        precision: of the training rollouts; "auto" takes bf16 where the processor has tile registers for it (AMX).
         duration: seconds of the recording to use. vocoder, bigvgan: see ``vocoder.resolve_vocoder``.
         resume: go on from the folder's last checkpoint. force: replace a run that the folder holds.
         tensorboard: write the losses for TensorBoard too.
@@ -78,6 +80,7 @@ class Run:
         vocoder_choice=None,
         bigvgan=None,
         backend=None,
+        precision=None,
         checkpoint_every_epochs=10,
         resume=False,
         force=False,
@@ -97,6 +100,7 @@ class Run:
             "vocoder": vocoder_choice,
             "bigvgan": bigvgan,
             "backend": backend,
+            "precision": precision,
         }
         given = {name: value for name, value in given.items() if value is not None}
         checkpoint = self._find_checkpoint(resume, force)
@@ -116,6 +120,10 @@ class Run:
         self.recipe = find_recipe(self.settings["recipe"])
         device = "cpu" if self.settings["backend"] == "cpu" or not torch.cuda.is_available() else "cuda"
         self.backend = backends.choose_backend(self.settings["backend"], device=device)
+        self.precision = self.settings["precision"]
+        if self.precision == "auto":
+            self.precision = backends.fastest_precision(self.backend)
+        backends.choose_backend(self.backend, device=device, precision=self.precision)
         if isinstance(source, (str, os.PathLike)):
             self.samples, info = audio.load_audio(source, self.settings["duration"])
             self.console.print(str(info), highlight=False, soft_wrap=True)
@@ -134,6 +142,7 @@ class Run:
             budget,
             seed=self.settings["seed"],
             backend=self.backend,
+            precision=self.precision,
             device=device,
         )
         self.losses = []
@@ -277,6 +286,7 @@ class Run:
             "training_seconds": trainer.seconds,
             "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
             "backend": trainer.model.backend,
+            "precision": trainer.model.precision,
             "vocoder": self.vocoder.name,
             "n_frames": target.n_frames,
             **metrics.grid_metrics(mel_db, linear_db, target),

@@ -1,5 +1,6 @@
 """Recipes, and the trainer that follows one."""
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -99,9 +100,12 @@ class Trainer:
     Args:
         target_mel, target_linear: [n_mels, T] and [n_linear, T] in dB, between -80 and 0.
         seed: of the initial weights and all that follows; on one machine the same seed and epochs give the same model.
+        precision: of the training rollouts; the weights and what :meth:`grown` shows are float32.
     """
 
-    def __init__(self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", device="cpu"):
+    def __init__(
+        self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu"
+    ):
         torch.manual_seed(seed)
         self.recipe = recipe
         self.budget = budget
@@ -109,6 +113,7 @@ class Trainer:
             n_mels=target_mel.shape[0],
             n_linear=target_linear.shape[0],
             backend=backend,
+            precision=precision,
             coordinates=recipe.coordinates,
         ).to(device)
         with torch.no_grad():
@@ -140,8 +145,11 @@ class Trainer:
         return decode_db(mel), decode_db(linear)
 
     def grown(self):
-        """What the model grows now: (mel_db [n_mels, T], linear_db [n_linear, T]) on the CPU."""
-        return self.model.grow(self.target_mel.shape[2], self.recipe.num_steps)
+        """What the model grows now, in float32 as on any machine: (mel_db [n_mels, T], linear_db [n_linear, T]) on the
+        CPU."""
+        model = copy.copy(self.model)
+        model.precision = "fp32"
+        return model.grow(self.target_mel.shape[2], self.recipe.num_steps)
 
     def _checkpoint_every(self):
         """The fewest replayed steps whose saved states fit the memory budget."""

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastnca
-from fastnca import audio
+from fastnca import audio, backends
 from fastnca.cli import app
 from fastnca.model import read_safetensors
 from fastnca.run import CHECKPOINT_FORMAT
@@ -101,6 +101,18 @@ class TestGrow:
         assert grow(note, tmp_path / "again", "--epochs", 3).exit_code == 0
         assert_same_run(run, tmp_path / "again")
 
+    @pytest.mark.parametrize("fastest", ["fp32", "bf16"])
+    def test_trains_in_the_fastest_precision(self, note, tmp_path, monkeypatch, fastest):
+        if backends.why_not("cpu", precision=fastest):
+            pytest.skip(f"the CPU kernels have no {fastest} here")
+        monkeypatch.setattr(backends, "fastest_precision", lambda backend: fastest)
+        assert grow(note, tmp_path / "run", "--epochs", 1, "--backend", "cpu").exit_code == 0
+        metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+        assert metrics["precision"] == fastest
+        named = grow(note, tmp_path / "named", "--epochs", 1, "--backend", "cpu", "--precision", fastest)
+        assert named.exit_code == 0
+        assert_same_run(tmp_path / "run", tmp_path / "named")
+
     def test_demo(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
             audio, "synthesize_bowed_string", lambda duration: 0.1 * np.ones(2048) * np.arange(2048) % 1
@@ -171,6 +183,8 @@ class TestBadInput:
         ("options", "words"),
         [
             (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default"),
+            (["--precision", "fp8"], "unknown precision 'fp8': expected one of"),
+            (["--backend", "reference", "--precision", "bf16"], "backend 'reference' cannot run"),
             (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, "),
             (["--vocoder", "hifigan"], "vocoder must be one of auto, bigvgan, griffinlim, got 'hifigan'"),
             (["--epochs", "0"], "epochs must be at least 1"),
@@ -226,6 +240,8 @@ class TestBadInput:
         [
             (["--frames", "0"], "frames must be at least 8"),
             (["--steps", "-1"], "num_steps must be an integer of at least 0"),
+            (["--precision", "fp8"], "unknown precision 'fp8': expected one of"),
+            (["--backend", "reference", "--precision", "bf16"], "backend 'reference' cannot run"),
             (["--backend", "cuda"], "unknown backend"),
             (["-o", "no/such/folder.wav"], "no such folder"),
         ],
