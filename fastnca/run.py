@@ -214,11 +214,11 @@ class Run:
                 row = trainer.train_epoch()
                 self.losses.append(row)
                 left = trainer.seconds * (1.0 / trainer.progress - 1.0)
-                losses = f"loss {row['loss']:.2f} (mel {row['mel_loss']:.2f}, linear {row['linear_loss']:.2f})"
-                line = f"epoch {trainer.epoch}: {losses}, {left / 60:.1f} min left"
+                errors = f"mel {row['mel_l1_db']:.2f} dB, linear {row['linear_l1_db']:.2f} dB off"
+                line = f"epoch {trainer.epoch}: {errors}, {left / 60:.1f} min left"
                 bar.update(task, completed=trainer.progress, description=line)
                 if writer:
-                    for name in ("loss", "mel_loss", "linear_loss", "learning_rate"):
+                    for name in ("loss", "mel_l1_db", "linear_l1_db", "learning_rate"):
                         writer.add_scalar(name, row[name], trainer.epoch)
                 if trainer.epoch % self.recipe.log_interval == 0:
                     if not self.console.is_terminal:

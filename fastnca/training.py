@@ -161,14 +161,14 @@ class Trainer:
         return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
     def loss(self, mel_db, linear_db):
-        """The recipe's loss of two grown spectrograms -> (total, mel part, linear part)."""
+        """The recipe's loss of two grown spectrograms in dB, [1, n_mels, T] and [1, n_linear, T]."""
         mel = self.recipe.mel_weight * self._grid_loss(mel_db, self.target_mel)
         linear = self.recipe.linear_weight * self._grid_loss(linear_db, self.target_linear)
         if self.perceptual_loss is not None:
             mask = self._mask(self.target_mel)
             pair = ((mel_db * mask)[:, None], (self.target_mel * mask)[:, None])
             mel = mel + self.recipe.gram_weight * self.perceptual_loss(*pair)
-        return mel + linear, mel, linear
+        return mel + linear
 
     def _grid_loss(self, grown, target):
         mask = self._mask(target)
@@ -181,13 +181,15 @@ class Trainer:
         return (target > ACTIVE_DB).to(target.dtype) if self.recipe.active_cells_only else 1.0
 
     def train_epoch(self):
-        """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_loss", "linear_loss"}.
+        """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_l1_db", "linear_l1_db"}.
 
+        The losses are those before the step; the last two are mean absolute errors over all cells.
         Raises TrainingDiverged before a loss or gradient that is not finite reaches the weights.
         """
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        total, mel, linear = self.loss(*self._rollout())
+        mel_db, linear_db = self._rollout()
+        total = self.loss(mel_db, linear_db)
         self.optimizer.zero_grad()
         total.backward()
         gradients = [parameter.grad for parameter in self.model.parameters()]
@@ -207,8 +209,8 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
             "loss": total.item(),
-            "mel_loss": mel.item(),
-            "linear_loss": linear.item(),
+            "mel_l1_db": F.l1_loss(mel_db.detach(), self.target_mel).item(),
+            "linear_l1_db": F.l1_loss(linear_db.detach(), self.target_linear).item(),
         }
 
     def state_dict(self):
