@@ -40,9 +40,10 @@ FORWARD_FLOPS = 2 * (64 * 128 + 128 * 64 + 64 * 16)  # per cell and step
 TRAINING_FLOPS = 3 * FORWARD_FLOPS + 2 * (64 * 128 + 128 * 64)
 OURS = ("cpu-fp32", "cpu-bf16")
 PEAK = {name: name.replace("cpu", "peak") for name in OURS}
-# Of the result's norm. bf16 has 8 bits, and gradients sum what they err by.
+# Of the norm. bf16 operands have 8 bits: a forward step errs by 2e-4. A gradient sums over all cells and cancels:
+# in the small check (W = 8, four steps) 2.7e-2 of w1's norm is error, over the 96 steps of an epoch 6.5e-3.
 DEFAULT_TOLERANCE = 1e-3
-TOLERANCE = {"cpu-bf16": 1e-1}
+TOLERANCE = {"cpu-bf16": 5e-2}
 # Of the largest value: a cell that is further off has taken another path.
 FLIP = 1e-3
 
