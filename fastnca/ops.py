@@ -16,7 +16,9 @@ def rollout(mel, lin, weights, num_steps, *, life_mask=True, checkpoint_every=No
 
         tuple(reference.rollout(grid, weights, num_steps, life_mask) for grid in (mel, lin))
 
-    and differentiable in both grids and all parameters, once.
+    and differentiable in both grids and all parameters, once. Gradients that are finite or NaN spread as the
+    reference's; next to an infinite one the CPU kernels leave out the products of the stencils' zeros, which are NaN in
+    PyTorch, and may have an infinity there.
 
     Args:
         mel, lin: float32 grids [N, 16, H, W], H and W free for each.

@@ -88,13 +88,62 @@ def reference_rollout(num_steps, life_mask=True):
     return lambda mel, lin, weights: [reference.rollout(g, weights, num_steps, life_mask) for g in (mel, lin)]
 
 
+class MeasuredProduct(torch.autograd.Function):
+    """A 1x1 convolution that notes what its parameters' gradients sum: ``magnitudes`` of the terms, by name."""
+
+    magnitudes = {}
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+
+        def sums(grad, x):
+            return torch.einsum("nohw,nihw->oi", grad, x)[..., None, None], grad.sum((0, 2, 3))
+
+        layer = [shape[0] for shape in ops._WEIGHT_SHAPES[::2]].index(weight.shape[0]) + 1
+        for name, terms in zip((f"w{layer}", f"b{layer}"), sums(grad.abs(), x.abs())):
+            MeasuredProduct.magnitudes[name] = MeasuredProduct.magnitudes.get(name, 0.0) + terms
+        return torch.einsum("nohw,oi->nihw", grad, weight[..., 0, 0]), *sums(grad, x)
+
+
+class MeasuredF:
+    relu, max_pool2d = F.relu, F.max_pool2d
+
+    @staticmethod
+    def conv2d(x, weight, *args, **kwargs):
+        return F.conv2d(x, weight, *args, **kwargs) if kwargs else MeasuredProduct.apply(x, weight, *args)
+
+
+def run_judge(problem, num_steps, life_mask):
+    """-> the float64 reference's results and the largest sum of |terms| in each parameter's gradient, by name."""
+    MeasuredProduct.magnitudes = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "F", MeasuredF)
+        judge = run(reference_rollout(num_steps, life_mask), *problem, dtype=torch.float64)
+    return judge, {name: terms.max() for name, terms in MeasuredProduct.magnitudes.items()}
+
+
+def assert_errs_as_float32(actual, problem, num_steps, life_mask=True):
+    """The largest error of each result is within three times float32 PyTorch's and a few units of rounding: units of
+    the largest value, and for a parameter's gradient, a sum over all cells that may cancel, of its terms. (Where they
+    cancel PyTorch's sums in pairs are luckier: bias gradients were seen at five times its error. Without rounding
+    before the sum, one over n cells is bound by n units, and one over blocks of 48 by 48 + n / 48.)"""
+    eager = run(reference_rollout(num_steps, life_mask), *problem)
+    judge, magnitudes = run_judge(problem, num_steps, life_mask)
+    for name, expected in judge.items():
+        error, eager_error = ((x[name] - expected).abs().max() for x in (actual, eager))
+        allowed = 3 * eager_error + 8 * 2**-24 * magnitudes.get(name, expected.abs().max())
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, float32 PyTorch {eager_error:.2e}"
+
+
 def assert_as_good_as_float32(problem, num_steps, life_mask=True, **options):
     actual = run(lambda *x: ops.rollout(*x, num_steps, life_mask=life_mask, **options), *problem)
-    eager = run(reference_rollout(num_steps, life_mask), *problem)
-    judge = run(reference_rollout(num_steps, life_mask), *problem, dtype=torch.float64)
-    for name, expected in judge.items():
-        error, eager_error = ((x[name] - expected).norm() / expected.norm().clamp(min=1e-30) for x in (actual, eager))
-        assert error <= 2 * eager_error + 1e-6, f"{name}: error {error:.2e}, float32 PyTorch {eager_error:.2e}"
+    assert_errs_as_float32(actual, problem, num_steps, life_mask)
 
 
 @pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_cpu import make_grid, make_weights, reference_rollout, resting_weights, run
+from test_cpu import assert_errs_as_float32, make_grid, make_weights, reference_rollout, resting_weights, run
 
 from fastnca import _cpu, ops, reference
 
@@ -111,8 +111,10 @@ def test_steps_err_as_float32_does(life_mask, data):
         doubles = [[x.double() for x in part] for part in (grids, weights)]
         judge = reference_rollout(num_steps, life_mask)(*doubles[0], doubles[1])
     for actual, float32, expected in zip(fused, eager, judge):
-        error, float32_error = ((x - expected).norm() / (expected.norm() + 1e-30) for x in (actual, float32))
-        assert error <= 2 * float32_error + 1e-6
+        error, float32_error = ((x - expected).abs().max() for x in (actual, float32))
+        # More units than in test_cpu.py: float32 PyTorch may be lucky with a grid of one cell, whose layers sum terms
+        # ten times the result.
+        assert error <= 3 * float32_error + 32 * 2**-24 * expected.abs().max()
 
 
 @given(data=st.data())
@@ -158,11 +160,7 @@ def test_gradients_through_ties_and_clamps(data):
     assume(all(distance_from_relu_kinks(grid, problem[1]) > 4e-7 for grid in problem[0]))
     with kernels(data.draw(capabilities), data.draw(thread_counts)):
         actual = run(lambda *x: ops.rollout(*x, 1), *problem)
-    eager = run(reference_rollout(1), *problem)
-    judge = run(reference_rollout(1), *problem, dtype=torch.float64)
-    for name, expected in judge.items():
-        error, float32_error = ((x[name] - expected).norm() / (expected.norm() + 1e-30) for x in (actual, eager))
-        assert error <= 2 * float32_error + 2e-6, name
+    assert_errs_as_float32(actual, problem, 1)
 
 
 def assert_spreads_as_in_the_reference(data, value, where):
