@@ -33,7 +33,7 @@ class BuildKernels(build_ext):
                     ["csrc/kernels.cpp"],
                     output_dir=os.path.join(self.build_temp, name),
                     macros=[("FASTNCA_ISA", name)],
-                    extra_postargs=FLAGS + flags,
+                    extra_postargs=[*FLAGS, *flags, "-falign-functions=64"],
                     depends=ext.depends,
                 )
             super().build_extension(ext)

@@ -115,6 +115,8 @@ def test_steps_err_as_float32_does(life_mask, data):
         # More units than in test_cpu.py: float32 PyTorch may be lucky with a grid of one cell, whose layers sum terms
         # ten times the result.
         assert error <= 3 * float32_error + 32 * 2**-24 * expected.abs().max()
+        error, float32_error = ((x - expected).norm() / (expected.norm() + 1e-30) for x in (actual, float32))
+        assert error <= 2 * float32_error + 1e-6
 
 
 @given(data=st.data())
@@ -160,7 +162,7 @@ def test_gradients_through_ties_and_clamps(data):
     assume(all(distance_from_relu_kinks(grid, problem[1]) > 4e-7 for grid in problem[0]))
     with kernels(data.draw(capabilities), data.draw(thread_counts)):
         actual = run(lambda *x: ops.rollout(*x, 1), *problem)
-    assert_errs_as_float32(actual, problem, 1)
+    assert_errs_as_float32(actual, problem, 1, slack=2e-6)
 
 
 def assert_spreads_as_in_the_reference(data, value, where):
