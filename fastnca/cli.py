@@ -69,7 +69,7 @@ def grow(
     out: Out = None,
     epochs: Epochs = None,
     minutes: Minutes = None,
-    recipe: Annotated[str | None, typer.Option(help="default, or notebook.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="default, regenerate or notebook.")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds of the recording to use; 3 if not given.")] = None,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ RECIPES = {
         magnitude_weight=20.0,
     ),
 }
+RECIPES["regenerate"] = replace(RECIPES["default"], least_steps=64, pool_size=4, batch_size=2, damage=True)
 
 
 def find_recipe(name):
@@ -99,13 +100,15 @@ class Budget:
         return max(by_epochs, by_time)
 
 
-def damage(grid):
+def damage(grid, generator=None):
     """Zero a random block of cells, all their channels, in each state of ``grid`` [N, C, H, T], in place.
 
     Each side of the block is a third of the grid's side on average.
     """
     for state in grid:
-        (top, bottom), (left, right) = (torch.randint(size + 1, (2,)).sort().values for size in state.shape[1:])
+        (top, bottom), (left, right) = (
+            torch.randint(size + 1, (2,), generator=generator).sort().values for size in state.shape[1:]
+        )
         state[:, top:bottom, left:right] = 0.0
 
 
@@ -123,15 +126,15 @@ class Pool:
         self.grids = tuple(grid.repeat(size, 1, 1, 1) for grid in seed)
         self.errors = torch.full((size,), torch.inf)
 
-    def draw(self, batch_size, damaged):
+    def draw(self, batch_size, damaged, generator=None):
         """The indices of the drawn states and their grids [N, C, H, T], the first of which is the seed."""
-        drawn = torch.randperm(len(self.errors))[:batch_size]
+        drawn = torch.randperm(len(self.errors), generator=generator)[:batch_size]
         drawn = drawn[self.errors[drawn].argsort(descending=True, stable=True)]
         batch = tuple(grid[drawn] for grid in self.grids)
         for grid, seed in zip(batch, self.seed):
             grid[:1] = seed
             if damaged:
-                damage(grid[-1:])
+                damage(grid[-1:], generator)
         return drawn, batch
 
     def put(self, drawn, batch, errors):
@@ -153,6 +156,7 @@ class Trainer:
         self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu"
     ):
         torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.recipe = recipe
         self.budget = budget
         self.model = DualSpecTNCA(
@@ -190,9 +194,9 @@ class Trainer:
         """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
         steps, grids = self.recipe.num_steps, self.initial_grids
         if self.recipe.least_steps is not None:
-            steps = torch.randint(self.recipe.least_steps, steps + 1, ()).item()
+            steps = torch.randint(self.recipe.least_steps, steps + 1, (), generator=self.generator).item()
         if self.pool:
-            drawn, grids = self.pool.draw(self.recipe.batch_size, self.recipe.damage)
+            drawn, grids = self.pool.draw(self.recipe.batch_size, self.recipe.damage, self.generator)
         grids = self.model.rollout(*grids, steps, checkpoint_every=self._checkpoint_every())
         grown = tuple(decode_db(grid) for grid in grids)
         if self.pool:
@@ -275,7 +279,7 @@ class Trainer:
         names = [name for name, _ in self.model.named_parameters()]
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors.update({f"adam.{names[index]}.{key}": value for key, value in state.items()})
-        tensors["random_state"] = torch.get_rng_state()
+        tensors["random_state"] = self.generator.get_state()
         if self.pool:
             mel, linear = self.pool.grids
             tensors.update({"pool.mel": mel, "pool.linear": linear, "pool.errors": self.pool.errors})
@@ -290,7 +294,7 @@ class Trainer:
             if numbers["epoch"] > 0
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["random_state"])
+        self.generator.set_state(tensors["random_state"])
         if self.pool:
             for name, tensor in zip(("mel", "linear"), self.pool.grids):
                 tensor.copy_(tensors[f"pool.{name}"])

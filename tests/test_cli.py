@@ -232,7 +232,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default"),
+            (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default, regenerate"),
             (["--precision", "fp8"], "unknown precision 'fp8': expected one of"),
             (["--backend", "reference", "--precision", "bf16"], "backend 'reference' cannot run"),
             (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, "),
