@@ -5,6 +5,7 @@ import math
 import numbers
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -27,8 +28,8 @@ def decode_db(grid):
 def frame_times(n_frames, trained_frames, time="stretch"):
     """The place in the sound of each of ``n_frames`` frames, for a model that learned ``trained_frames`` -> [n_frames].
 
-    "stretch" spreads the whole sound over the frames. "sustain" keeps its pace: the first half and the last half run as
-    they were learned, and what is between them holds the middle of the sound or, in a shorter sound, is left out.
+    "stretch" spreads the whole sound over the frames. "sustain" lets it begin and end at the pace that it was learned
+    at: a longer sound holds its middle, a shorter one hurries through what is between its first and last quarter.
 
     Raises ValueError for another name.
     """
@@ -36,10 +37,11 @@ def frame_times(n_frames, trained_frames, time="stretch"):
         raise ValueError(f"unknown time {time!r}: expected one of {', '.join(TIMES)}")
     if time == "stretch":
         return torch.linspace(-1.0, 1.0, n_frames)
-    frame = torch.arange(n_frames)
-    from_start = frame.clamp(max=(trained_frames - 1) // 2)
-    from_end = (frame + trained_frames - n_frames).clamp(min=trained_frames // 2)
-    return torch.linspace(-1.0, 1.0, trained_frames)[torch.where(2 * frame < n_frames, from_start, from_end)]
+    last = n_frames - 1
+    at_pace = (trained_frames - 1) / 2 if n_frames >= trained_frames else last / 4
+    place = -1.0 + 2.0 * at_pace / max(1, trained_frames - 1)
+    frames, places = (0.0, at_pace, last - at_pace, last), (-1.0, place, -place, 1.0)
+    return torch.from_numpy(np.interp(np.arange(n_frames), frames, places)).float()
 
 
 class DualSpecTNCA(nn.Module):
