@@ -36,10 +36,11 @@ class Recipe:
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
     alpha_bias: float = 1.0  # of the last layer: how fast a cell comes to life by itself
     num_steps: int = 96
-    least_steps: int | None = None  # where given, each epoch runs a random number of steps, least_steps..num_steps
     pool_size: int = 0  # grown states that training goes on from, see Pool; 0 grows from the seed alone
+    pool_from: float = 0.0  # share of the budget that is spent without the pool
     batch_size: int = 1  # states of the pool per epoch, one of which is the seed
     damage: bool = False  # to the best state of the batch
+    least_steps: int = 96  # with the pool an epoch runs a random number of steps, least_steps..num_steps
     log_interval: int = 25  # epochs between progress pictures
 
 
@@ -192,14 +193,14 @@ class Trainer:
 
     def _rollout(self):
         """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
-        steps, grids = self.recipe.num_steps, self.initial_grids
-        if self.recipe.least_steps is not None:
-            steps = torch.randint(self.recipe.least_steps, steps + 1, (), generator=self.generator).item()
-        if self.pool:
-            drawn, grids = self.pool.draw(self.recipe.batch_size, self.recipe.damage, self.generator)
+        recipe, steps, grids = self.recipe, self.recipe.num_steps, self.initial_grids
+        pooled = self.pool is not None and self.progress >= recipe.pool_from
+        if pooled:
+            steps = torch.randint(recipe.least_steps, steps + 1, (), generator=self.generator).item()
+            drawn, grids = self.pool.draw(recipe.batch_size, recipe.damage, self.generator)
         grids = self.model.rollout(*grids, steps, checkpoint_every=self._checkpoint_every())
         grown = tuple(decode_db(grid) for grid in grids)
-        if self.pool:
+        if pooled:
             targets = (self.target_mel, self.target_linear)
             errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown, targets)]
             self.pool.put(drawn, grids, sum(errors))
