@@ -34,10 +34,8 @@ class Recipe:
     linear_weight: float = 1.0  # the same of the linear grid
     gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
-    alpha_bias: float = 1.0  # of the last layer: how fast a cell comes to life by itself
     num_steps: int = 96
     pool_size: int = 0  # grown states that training goes on from, see Pool; 0 grows from the seed alone
-    pool_from: float = 0.0  # share of the budget that is spent without the pool
     batch_size: int = 1  # states of the pool per epoch, one of which is the seed
     damage: bool = False  # to the best state of the batch
     least_steps: int = 96  # with the pool an epoch runs a random number of steps, least_steps..num_steps
@@ -169,7 +167,6 @@ class Trainer:
         ).to(device)
         with torch.no_grad():
             self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
-            self.model.update_mlp[-1].bias[1] = recipe.alpha_bias
         self.perceptual_loss = PerceptualLoss(device).requires_grad_(False) if recipe.gram_weight else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
         self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
@@ -194,13 +191,12 @@ class Trainer:
     def _rollout(self):
         """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
         recipe, steps, grids = self.recipe, self.recipe.num_steps, self.initial_grids
-        pooled = self.pool is not None and self.progress >= recipe.pool_from
-        if pooled:
+        if self.pool:
             steps = torch.randint(recipe.least_steps, steps + 1, (), generator=self.generator).item()
             drawn, grids = self.pool.draw(recipe.batch_size, recipe.damage, self.generator)
         grids = self.model.rollout(*grids, steps, checkpoint_every=self._checkpoint_every())
         grown = tuple(decode_db(grid) for grid in grids)
-        if pooled:
+        if self.pool:
             targets = (self.target_mel, self.target_linear)
             errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown, targets)]
             self.pool.put(drawn, grids, sum(errors))
