@@ -69,7 +69,7 @@ def grow(
     out: Out = None,
     epochs: Epochs = None,
     minutes: Minutes = None,
-    recipe: Annotated[str | None, typer.Option(help="default, or notebook.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="default, regenerate or notebook.")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds of the recording to use; 3 if not given.")] = None,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
@@ -138,6 +138,11 @@ def generate(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The wav file to write.")] = None,
     frames: Annotated[int | None, typer.Option(help="Time frames to grow, 256 samples each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to grow for.")] = None,
+    time: Annotated[
+        str,
+        typer.Option(help="What other --frames do: stretch changes the pace, sustain holds the middle of the sound."),
+    ] = "stretch",
+    video: Annotated[bool, typer.Option("--video", help="Write the growth as an animated GIF too.")] = False,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = "auto",
@@ -147,7 +152,15 @@ def generate(
 
     with _one_line_errors(2):
         path, decoder = generate_run(
-            run, out, n_frames=frames, num_steps=steps, vocoder_choice=vocoder, bigvgan=bigvgan, backend=backend
+            run,
+            out,
+            n_frames=frames,
+            num_steps=steps,
+            time=time,
+            video=video,
+            vocoder_choice=vocoder,
+            bigvgan=bigvgan,
+            backend=backend,
         )
     if decoder.hint:
         typer.echo(decoder.hint, err=True)

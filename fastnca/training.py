@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,10 @@ class Recipe:
     gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
     num_steps: int = 96
+    pool_size: int = 0  # grown states that training goes on from, see Pool; 0 grows from the seed alone
+    batch_size: int = 1  # states of the pool per epoch, one of which is the seed
+    damage: bool = False  # to the best state of the batch
+    least_steps: int = 96  # with the pool an epoch runs a random number of steps, least_steps..num_steps
     log_interval: int = 25  # epochs between progress pictures
 
 
@@ -64,6 +68,7 @@ RECIPES = {
         magnitude_weight=20.0,
     ),
 }
+RECIPES["regenerate"] = replace(RECIPES["default"], least_steps=64, pool_size=4, batch_size=2, damage=True)
 
 
 def find_recipe(name):
@@ -94,6 +99,49 @@ class Budget:
         return max(by_epochs, by_time)
 
 
+def damage(grid, generator=None):
+    """Zero a random block of cells, all their channels, in each state of ``grid`` [N, C, H, T], in place.
+
+    Each side of the block is a third of the grid's side on average.
+    """
+    for state in grid:
+        (top, bottom), (left, right) = (
+            torch.randint(size + 1, (2,), generator=generator).sort().values for size in state.shape[1:]
+        )
+        state[:, top:bottom, left:right] = 0.0
+
+
+class Pool:
+    """Grown states to go on growing from (Mordvintsev et al. 2020, "Growing Neural Cellular Automata").
+
+    An epoch draws ``batch_size`` of them; the seed takes the place of the worst, the best is damaged if asked for, and
+    what they have become goes back where it was drawn.
+
+    grids: (mel [P, C, n_mels, T], linear [P, C, n_linear, T]); errors [P]: how far each was from the target.
+    """
+
+    def __init__(self, seed, size):
+        self.seed = seed
+        self.grids = tuple(grid.repeat(size, 1, 1, 1) for grid in seed)
+        self.errors = torch.full((size,), torch.inf)
+
+    def draw(self, batch_size, damaged, generator=None):
+        """The indices of the drawn states and their grids [N, C, H, T], the first of which is the seed."""
+        drawn = torch.randperm(len(self.errors), generator=generator)[:batch_size]
+        drawn = drawn[self.errors[drawn].argsort(descending=True, stable=True)]
+        batch = tuple(grid[drawn] for grid in self.grids)
+        for grid, seed in zip(batch, self.seed):
+            grid[:1] = seed
+            if damaged:
+                damage(grid[-1:], generator)
+        return drawn, batch
+
+    def put(self, drawn, batch, errors):
+        for grid, grown in zip(self.grids, batch):
+            grid[drawn] = grown.detach()
+        self.errors[drawn] = errors.cpu()
+
+
 class Trainer:
     """Teaches one model one target, epoch by epoch.
 
@@ -107,6 +155,7 @@ class Trainer:
         self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu"
     ):
         torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.recipe = recipe
         self.budget = budget
         self.model = DualSpecTNCA(
@@ -123,6 +172,7 @@ class Trainer:
         self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
         self.target_linear = torch.as_tensor(target_linear, dtype=torch.float32, device=device)[None]
         self.initial_grids = self.model.seed(self.target_mel.shape[2])
+        self.pool = Pool(self.initial_grids, recipe.pool_size) if recipe.pool_size else None
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
 
@@ -139,10 +189,18 @@ class Trainer:
         return self.recipe.learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
     def _rollout(self):
-        mel, linear = self.model.rollout(
-            *self.initial_grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every()
-        )
-        return decode_db(mel), decode_db(linear)
+        """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
+        recipe, steps, grids = self.recipe, self.recipe.num_steps, self.initial_grids
+        if self.pool:
+            steps = torch.randint(recipe.least_steps, steps + 1, (), generator=self.generator).item()
+            drawn, grids = self.pool.draw(recipe.batch_size, recipe.damage, self.generator)
+        grids = self.model.rollout(*grids, steps, checkpoint_every=self._checkpoint_every())
+        grown = tuple(decode_db(grid) for grid in grids)
+        if self.pool:
+            targets = (self.target_mel, self.target_linear)
+            errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown, targets)]
+            self.pool.put(drawn, grids, sum(errors))
+        return grown
 
     def grown(self):
         """What the model grows now, in float32 as on any machine: (mel_db [n_mels, T], linear_db [n_linear, T]) on the
@@ -156,7 +214,7 @@ class Trainer:
         steps = self.recipe.num_steps
         if self.model.backend == "reference":
             return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
-        state = sum(grid.nbytes for grid in self.initial_grids)
+        state = sum(grid.nbytes for grid in self.initial_grids) * self.recipe.batch_size
         longest = max(1, math.isqrt(steps))
         return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
@@ -166,11 +224,12 @@ class Trainer:
         linear = self.recipe.linear_weight * self._grid_loss(linear_db, self.target_linear)
         if self.perceptual_loss is not None:
             mask = self._mask(self.target_mel)
-            pair = ((mel_db * mask)[:, None], (self.target_mel * mask)[:, None])
+            pair = ((mel_db * mask)[:, None], (self.target_mel * mask).expand_as(mel_db)[:, None])
             mel = mel + self.recipe.gram_weight * self.perceptual_loss(*pair)
         return mel + linear
 
     def _grid_loss(self, grown, target):
+        target = target.expand_as(grown)
         mask = self._mask(target)
         loss = F.l1_loss(grown * mask, target * mask)
         if self.recipe.magnitude_weight:
@@ -219,7 +278,10 @@ class Trainer:
         names = [name for name, _ in self.model.named_parameters()]
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors.update({f"adam.{names[index]}.{key}": value for key, value in state.items()})
-        tensors["random_state"] = torch.get_rng_state()
+        tensors["random_state"] = self.generator.get_state()
+        if self.pool:
+            mel, linear = self.pool.grids
+            tensors.update({"pool.mel": mel, "pool.linear": linear, "pool.errors": self.pool.errors})
         return tensors, {"epoch": self.epoch, "seconds": self.seconds}
 
     def load_state_dict(self, tensors, numbers):
@@ -231,5 +293,9 @@ class Trainer:
             if numbers["epoch"] > 0
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["random_state"])
+        self.generator.set_state(tensors["random_state"])
+        if self.pool:
+            for name, tensor in zip(("mel", "linear"), self.pool.grids):
+                tensor.copy_(tensors[f"pool.{name}"])
+            self.pool.errors = tensors["pool.errors"]
         self.epoch, self.seconds = numbers["epoch"], numbers["seconds"]

@@ -1,15 +1,20 @@
 """Recipes, budgets and the trainer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastnca
-from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, find_recipe
+from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, damage, find_recipe
+
+BUDGET = Budget(epochs=10)
+REGENERATE = replace(RECIPES["regenerate"], num_steps=6, least_steps=3)
 
 
-def make_trainer(target, recipe="default", **options):
-    return Trainer(*target, RECIPES[recipe], options.pop("budget", Budget(epochs=10)), **options)
+def make_trainer(target, recipe="default", budget=BUDGET, **options):
+    return Trainer(*target, RECIPES.get(recipe, recipe), budget, **options)
 
 
 def test_notebook_recipe_is_the_notebooks_loss(target):
@@ -84,9 +89,70 @@ def test_divergence_stops_before_the_weights(target):
         assert torch.equal(parameter, kept)
 
 
+def test_damage_zeroes_one_block_of_all_channels():
+    torch.manual_seed(0)
+    sizes = []
+    for _ in range(200):
+        grid = torch.ones(2, 3, 12, 30)
+        damage(grid)
+        for state in grid:
+            assert torch.equal(state, state[:1].expand_as(state))
+            rows, columns = (state[0] == 0).any(dim=1), (state[0] == 0).any(dim=0)
+            assert torch.equal(state[0] == 0, rows[:, None] & columns)
+            for hit in (rows, columns):
+                assert hit.int().diff().abs().sum() <= 2  # one run of cells
+            sizes.append(rows.float().mean() * columns.float().mean())
+    assert 0.05 < sum(sizes) / len(sizes) < 0.2 and len(set(sizes)) > 50
+
+
+def test_a_pool_gives_the_seed_for_the_worst_and_damages_the_best(target):
+    pool = make_trainer(target, REGENERATE).pool
+    size = len(pool.errors)
+    pool.errors = torch.arange(size, dtype=torch.float32)
+    for grid in pool.grids:
+        grid.copy_(10.0 + pool.errors[:, None, None, None].expand_as(grid))
+    damaged = 0
+    for _ in range(20):
+        drawn, batch = pool.draw(2, damaged=True)
+        assert pool.errors[drawn[0]] > pool.errors[drawn[1]]
+        for grid, seed, kept in zip(batch, pool.seed, pool.grids, strict=True):
+            assert torch.equal(grid[:1], seed)
+            assert set(grid[1].unique().tolist()) <= {0.0, 10.0 + drawn[1].item()}
+            damaged += (grid[1] == 0).any().item()
+            assert kept.gt(0).all()
+    assert damaged > 20
+    pool.put(drawn, [torch.full_like(grid, 3.0) for grid in batch], torch.tensor([0.5, 0.25]))
+    assert pool.errors[drawn].tolist() == [0.5, 0.25] and pool.grids[0][drawn].eq(3.0).all()
+
+
+def test_regenerating_starts_where_the_last_epochs_ended(target):
+    trainer = make_trainer(target, REGENERATE)
+    for _ in range(3):
+        trainer.train_epoch()
+    assert trainer.pool.errors.isfinite().any()
+    grown = trainer.pool.grids[0][trainer.pool.errors.isfinite()]
+    assert not torch.equal(grown, trainer.initial_grids[0].expand_as(grown))
+
+
+def test_random_step_counts(target, monkeypatch):
+    trainer = make_trainer(target, REGENERATE)
+    counts = []
+    rollout = trainer.model.rollout
+
+    def counted(mel, linear, num_steps, **options):
+        counts.append(num_steps)
+        return rollout(mel, linear, num_steps, **options)
+
+    monkeypatch.setattr(trainer.model, "rollout", counted)
+    for _ in range(30):
+        trainer.train_epoch()
+    assert set(counts) == {3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("recipe", ["default", REGENERATE], ids=["default", "regenerate"])
 @pytest.mark.parametrize("epochs_before", [0, 2])
-def test_state_goes_on_bit_for_bit(target, epochs_before):
-    whole, first, second = (make_trainer(target, seed=seed) for seed in (0, 0, 1))
+def test_state_goes_on_bit_for_bit(target, epochs_before, recipe):
+    whole, first, second = (make_trainer(target, recipe, seed=seed) for seed in (0, 0, 1))
     rows = [whole.train_epoch() for _ in range(epochs_before + 2)]
     for _ in range(epochs_before):
         first.train_epoch()
@@ -113,7 +179,7 @@ def test_wrong_budgets(options, words):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of notebook, default"):
+    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of notebook, default, regenerate"):
         find_recipe("best")
 
 
