@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .losses import PerceptualLoss
 from .model import DualSpecTNCA, decode_db
+from .optim import Muon
 
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
@@ -20,11 +21,15 @@ class TrainingDiverged(RuntimeError):
     """The loss or a gradient became NaN or infinite."""
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model learns one target. All levels and losses are in dB."""
 
     learning_rate: float
+    optimizer: str = "adam"  # or "muon"
     coordinates: tuple = ()  # of the initial grids, see DualSpecTNCA
     stencil_gain: float = 1.0  # on the initial weights that see the stencils, whose output is larger than the state
     cosine_decay: bool = False  # of the learning rate over the whole budget
@@ -168,7 +173,7 @@ class Trainer:
         with torch.no_grad():
             self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
         self.perceptual_loss = PerceptualLoss(device).requires_grad_(False) if recipe.gram_weight else None
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        self.optimizer = OPTIMIZERS[recipe.optimizer](self.model.parameters(), lr=recipe.learning_rate)
         self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
         self.target_linear = torch.as_tensor(target_linear, dtype=torch.float32, device=device)[None]
         self.initial_grids = self.model.seed(self.target_mel.shape[2])
@@ -268,16 +273,16 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
             "loss": total.item(),
-            "mel_l1_db": F.l1_loss(mel_db.detach(), self.target_mel).item(),
-            "linear_l1_db": F.l1_loss(linear_db.detach(), self.target_linear).item(),
+            "mel_l1_db": (mel_db.detach() - self.target_mel).abs().mean().item(),
+            "linear_l1_db": (linear_db.detach() - self.target_linear).abs().mean().item(),
         }
 
     def state_dict(self):
         """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        names = [name for name, _ in self.model.named_parameters()]
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors.update({f"adam.{names[index]}.{key}": value for key, value in state.items()})
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
         tensors["random_state"] = self.generator.get_state()
         if self.pool:
             mel, linear = self.pool.grids
@@ -287,11 +292,11 @@ class Trainer:
     def load_state_dict(self, tensors, numbers):
         names = [name for name, _ in self.model.named_parameters()]
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
-        state = {
-            index: {key: tensors[f"adam.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, name in enumerate(names)
-            if numbers["epoch"] > 0
-        }
+        state = {index: {} for index in range(len(names))}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, key, parameter = name.split(".", 2)
+                state[names.index(parameter)][key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors["random_state"])
         if self.pool:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnca
+from fastnca.optim import Muon
 from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, damage, find_recipe
 
 BUDGET = Budget(epochs=10)
@@ -63,6 +64,19 @@ def test_normalised_gradients_have_unit_norm(target):
         trainer.train_epoch()
     for parameter in trainer.model.parameters():
         assert parameter.grad.norm() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_muon_steps_are_orthogonal_and_leave_what_has_no_gradient():
+    torch.manual_seed(0)
+    matrix, idle, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 5, 1, 1), (3, 4), (6,)))
+    optimizer = Muon([matrix, idle, bias], lr=0.1)
+    matrix.grad, idle.grad, bias.grad = torch.randn(8, 5, 1, 1), torch.zeros(3, 4), torch.tensor([1e-3] * 3 + [5.0] * 3)
+    optimizer.step()
+    singular = torch.linalg.svdvals(matrix.detach().flatten(1)) / (0.2 * 0.1 * 8**0.5)
+    assert (singular > 0.6).all() and (singular < 1.3).all()
+    assert (matrix.detach() * matrix.grad).sum() < 0
+    assert not idle.any()
+    torch.testing.assert_close(bias.detach(), torch.full((6,), -0.01), rtol=1e-3, atol=0)
 
 
 def test_learning_rate_decays_over_the_budget(target):
