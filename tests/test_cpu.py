@@ -129,10 +129,11 @@ def run_judge(problem, num_steps, life_mask):
 
 
 def assert_errs_as_float32(actual, problem, num_steps, life_mask=True, slack=1e-6):
-    """The error's norm is within twice float32 PyTorch's, and ``slack`` of the result's norm. The largest error of each result is within three times float32 PyTorch's and a few units of rounding: units of
-    the largest value, and for a parameter's gradient, a sum over all cells that may cancel, of its terms. (Where they
-    cancel PyTorch's sums in pairs are luckier: bias gradients were seen at five times its error. Without rounding
-    before the sum, one over n cells is bound by n units, and one over blocks of 48 by 48 + n / 48.)"""
+    """The error's norm is within twice float32 PyTorch's, and ``slack`` of the result's norm. The largest error is
+    within three times float32 PyTorch's and a few units of rounding: units of the largest value, and for a parameter's
+    gradient, a sum over all cells that may cancel, of its terms. (Where they cancel PyTorch's sums in pairs are
+    luckier: bias gradients were seen at five times its error. Without rounding before the sum, one over n cells is
+    bound by n units, and one over blocks of 48 by 48 + n / 48.)"""
     eager = run(reference_rollout(num_steps, life_mask), *problem)
     judge, magnitudes = run_judge(problem, num_steps, life_mask)
     for name, expected in judge.items():
