@@ -33,6 +33,11 @@ def capability():
     return _C.capability()
 
 
+def state_floats(mel, lin, life_mask):
+    """Floats of one saved state."""
+    return mel.numel() + lin.numel()
+
+
 def _problem(mel, lin, num_steps, save_every, life_mask, precision):
     sizes = (mel.shape[0], *mel.shape[2:], *lin.shape[2:])
     return sizes, num_steps, save_every, life_mask, precision == "bf16", torch.get_num_threads()

@@ -6,7 +6,7 @@ it cannot. ``auto`` takes the first that can; a backend asked for by name raises
 
 import torch
 
-from . import _cpu
+from . import _cpu, _triton
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -18,8 +18,13 @@ def _reference_why_not(device, dtype, num_channels, precision):
 
 
 # In the order of preference.
-_WHY_NOT = {"cpu": _cpu.why_not, "reference": _reference_why_not}
+_WHY_NOT = {"triton": _triton.why_not, "cpu": _cpu.why_not, "reference": _reference_why_not}
 BACKENDS = tuple(_WHY_NOT)
+
+
+def _candidates(device):
+    """What "auto" tries. Triton's interpreter runs on the CPU too, but only for those who ask for it by name."""
+    return tuple(name for name in BACKENDS if name != "triton" or device.type != "cpu")
 
 
 def check_names(backend, precision):
@@ -42,7 +47,7 @@ def choose_backend(backend="auto", *, device="cpu", dtype=torch.float32, num_cha
     """
     check_names(backend, precision)
     request = {"device": device, "dtype": dtype, "num_channels": num_channels, "precision": precision}
-    candidates = BACKENDS if backend == "auto" else (backend,)
+    candidates = _candidates(torch.device(device)) if backend == "auto" else (backend,)
     reasons = {name: why_not(name, **request) for name in candidates}
     for name, reason in reasons.items():
         if reason is None:

@@ -172,7 +172,8 @@ class DualSpecTNCA(nn.Module):
             not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1
         ):
             raise ValueError(f"checkpoint_every must be None or an integer of at least 1, got {checkpoint_every!r}")
-        if self.backend != "reference":
+        backend = self.backend
+        if backend != "reference":
             return ops.rollout(
                 grid_mel,
                 grid_linear,
@@ -181,6 +182,7 @@ class DualSpecTNCA(nn.Module):
                 life_mask=self.life_mask,
                 checkpoint_every=checkpoint_every,
                 precision=self.precision,
+                backend=backend,
             )
         return tuple(self._reference_rollout(grid, num_steps, checkpoint_every) for grid in (grid_mel, grid_linear))
 

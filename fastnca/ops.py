@@ -1,4 +1,4 @@
-"""The fused rollout as PyTorch operators: schema, shapes for tracing, autograd. A backend adds its kernels per device.
+"""The fused rollout as PyTorch operators: schema, shapes for tracing, autograd. The backends plug in their kernels.
 
 One autograd node covers the whole rollout of both grids. It keeps states only, 16 floats per cell, and the backward
 kernels recompute the rest.
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import _cpu
+from . import _cpu, _triton
+
+_KERNELS = {"cpu": _cpu, "triton": _triton}
 
 
-def rollout(mel, lin, weights, num_steps, *, life_mask=True, checkpoint_every=None, precision="fp32"):
+def rollout(mel, lin, weights, num_steps, *, life_mask=True, checkpoint_every=None, precision="fp32", backend=None):
     """``num_steps`` steps of both grids -> final (mel, lin). Equivalent to::
 
         tuple(reference.rollout(grid, weights, num_steps, life_mask) for grid in (mel, lin))
@@ -27,16 +29,18 @@ def rollout(mel, lin, weights, num_steps, *, life_mask=True, checkpoint_every=No
             gradient is the same.
         precision: of the matrix products, a name that the device's backend knows. Whether "bf16" is faster on a CPU
             depends on the processor: ``_C.peak_flops(1, True)`` against ``_C.peak_flops(1)`` says it.
+        backend: "cpu" or "triton"; None is "cpu" for tensors there and "triton" for all others.
 
     Raises:
-        ValueError: a shape, dtype, device or number that does not fit.
+        ValueError: a shape, dtype, device or number that does not fit. RuntimeError: the backend cannot run, and why.
     """
     _check(mel, lin, weights, num_steps, checkpoint_every)
     if num_steps == 0:
         return mel.clone(), lin.clone()
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (mel, lin, *weights))
     save_every = min(checkpoint_every or 1, num_steps) if differentiable else 0
-    final_mel, final_lin, _ = rollout_op(mel, lin, *weights, num_steps, save_every, life_mask, precision)
+    backend = backend or ("cpu" if mel.device.type == "cpu" else "triton")
+    final_mel, final_lin, _ = rollout_op(mel, lin, *weights, num_steps, save_every, life_mask, precision, backend)
     return final_mel, final_lin
 
 
@@ -66,15 +70,15 @@ def _check(mel, lin, weights, num_steps, checkpoint_every):
         raise ValueError(f"checkpoint_every must be None or at least 1, got {checkpoint_every}")
 
 
-def _new_states(mel, lin, num_steps, save_every):
+def _new_states(mel, lin, num_steps, save_every, life_mask, backend):
     """Room for the states 0, save_every, 2 save_every, ... and the last; save_every=0 saves nothing."""
     if save_every == 0:
         return mel.new_empty(0)
     count = (num_steps + save_every - 1) // save_every + 1
-    return mel.new_empty(count, mel.numel() + lin.numel())
+    return mel.new_empty(count, _KERNELS[backend].state_floats(mel, lin, life_mask))
 
 
-@custom_op("fastnca::rollout", mutates_args=(), device_types="cpu")
+@custom_op("fastnca::rollout", mutates_args=())
 def rollout_op(
     mel: Tensor,
     lin: Tensor,
@@ -88,23 +92,25 @@ def rollout_op(
     save_every: int,
     life_mask: bool,
     precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> final mel, final lin, saved states in the backend's own layout."""
-    _require_cpu_kernels(precision)
-    states = _new_states(mel, lin, num_steps, save_every)
+    kernels = _kernels(backend, mel.device, precision)
+    states = _new_states(mel, lin, num_steps, save_every, life_mask, backend)
     weights = (w1, b1, w2, b2, w3, b3)
     saved = states if save_every else None
-    final_mel, final_lin = _cpu.rollout(mel, lin, weights, num_steps, max(save_every, 1), life_mask, precision, saved)
+    options = num_steps, max(save_every, 1), life_mask, precision
+    final_mel, final_lin = kernels.rollout(mel, lin, weights, *options, saved)
     return final_mel, final_lin, states
 
 
 @rollout_op.register_fake
-def _(mel, lin, w1, b1, w2, b2, w3, b3, num_steps, save_every, life_mask, precision):
+def _(mel, lin, w1, b1, w2, b2, w3, b3, num_steps, save_every, life_mask, precision, backend):
     final = [torch.empty_like(grid, memory_format=torch.contiguous_format) for grid in (mel, lin)]
-    return *final, _new_states(mel, lin, num_steps, save_every)
+    return *final, _new_states(mel, lin, num_steps, save_every, life_mask, backend)
 
 
-@custom_op("fastnca::rollout_backward", mutates_args=(), device_types="cpu")
+@custom_op("fastnca::rollout_backward", mutates_args=())
 def rollout_backward_op(
     grad_mel: Tensor,
     grad_lin: Tensor,
@@ -119,29 +125,30 @@ def rollout_backward_op(
     save_every: int,
     life_mask: bool,
     precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of the initial mel and lin and of w1, b1, w2, b2, w3, b3."""
-    _require_cpu_kernels(precision)
+    kernels = _kernels(backend, grad_mel.device, precision)
     weights = (w1, b1, w2, b2, w3, b3)
     options = num_steps, save_every, life_mask, precision
-    return tuple(_cpu.rollout_backward(grad_mel, grad_lin, states, weights, *options))
+    return tuple(kernels.rollout_backward(grad_mel, grad_lin, states, weights, *options))
 
 
 @rollout_backward_op.register_fake
-def _(grad_mel, grad_lin, states, w1, b1, w2, b2, w3, b3, num_steps, save_every, life_mask, precision):
+def _(grad_mel, grad_lin, states, w1, b1, w2, b2, w3, b3, num_steps, save_every, life_mask, precision, backend):
     inputs = (grad_mel, grad_lin, w1, b1, w2, b2, w3, b3)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output):
-    mel, lin, *weights, num_steps, save_every, life_mask, precision = inputs
+    mel, lin, *weights, num_steps, save_every, life_mask, precision, backend = inputs
     states = output[2]
     ctx.mark_non_differentiable(states)
     # A zero gradient for the states would be as large as they are.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(states, *weights)
     ctx.shapes = mel.shape, lin.shape
-    ctx.arguments = num_steps, save_every, life_mask, precision
+    ctx.arguments = num_steps, save_every, life_mask, precision, backend
 
 
 def _backward(ctx, grad_mel, grad_lin, _):
@@ -149,13 +156,15 @@ def _backward(ctx, grad_mel, grad_lin, _):
     if ctx.arguments[1] == 0:
         raise RuntimeError("this rollout saved no states (save_every=0): it cannot be differentiated")
     grads = [states.new_zeros(shape) if grad is None else grad for grad, shape in zip((grad_mel, grad_lin), ctx.shapes)]
-    return *rollout_backward_op(*grads, states, *weights, *ctx.arguments), None, None, None, None
+    return *rollout_backward_op(*grads, states, *weights, *ctx.arguments), None, None, None, None, None
 
 
 rollout_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _require_cpu_kernels(precision):
-    reason = _cpu.why_not(torch.device("cpu"), torch.float32, 16, precision)
+def _kernels(backend, device, precision):
+    """The module with the backend's kernels. Raises RuntimeError, with the reason, if they cannot run."""
+    reason = _KERNELS[backend].why_not(device, torch.float32, 16, precision)
     if reason:
-        raise RuntimeError(f"backend 'cpu' cannot run: {reason}")
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+    return _KERNELS[backend]

@@ -1,8 +1,13 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from fastnca import audio
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: it must not be before this
 
 
 @pytest.fixture(autouse=True)

@@ -32,19 +32,19 @@ def ones(outputs):
 @pytest.mark.parametrize("save_every", [0, 1, 2])
 def test_opcheck(save_every):
     mel, lin, weights = make_inputs(requires_grad=save_every > 0)
-    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, save_every, True, "fp32"))
+    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, save_every, True, "fp32", "cpu"))
 
 
 @pytest.mark.skipif(not _cpu._C.has_bf16(), reason="the processor has no AVX512-BF16")
 def test_opcheck_bf16():
     mel, lin, weights = make_inputs()
-    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, 2, True, "bf16"))
+    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 3, 2, True, "bf16", "cpu"))
 
 
 def test_opcheck_backward():
     mel, lin, weights = make_inputs(requires_grad=False)
-    states = ops.rollout_op(mel, lin, *weights, 3, 2, True, "fp32")[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, lin, states, *weights, 3, 2, True, "fp32"))
+    states = ops.rollout_op(mel, lin, *weights, 3, 2, True, "fp32", "cpu")[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, lin, states, *weights, 3, 2, True, "fp32", "cpu"))
 
 
 def test_compiles_to_one_graph():
@@ -118,7 +118,7 @@ def test_no_steps_return_copies():
 
 def test_unsaved_states_are_reported():
     mel, lin, weights = make_inputs()
-    outputs = ops.rollout_op(mel, lin, *weights, 3, 0, True, "fp32")
+    outputs = ops.rollout_op(mel, lin, *weights, 3, 0, True, "fp32", "cpu")
     with pytest.raises(RuntimeError, match="saved no states"):
         outputs[0].sum().backward()
 
