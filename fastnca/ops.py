@@ -79,8 +79,8 @@ def _new_states(mel, lin, num_steps, save_every, life_mask, backend):
 
 
 def _operator(function):
-    """Defines ``torch.ops.fastnca.<name>``. (``torch.library.custom_op`` would import TorchDynamo, and with it Triton, at
-    the first call: a second on a CPU that needs neither.)"""
+    """Defines ``torch.ops.fastnca.<name>``. (``torch.library.custom_op`` would import TorchDynamo, and with it Triton,
+    at the first call: a second on a CPU that needs neither.)"""
     name = f"fastnca::{function.__name__.removesuffix('_op')}"
     torch.library.define(name, infer_schema(function, mutates_args=()))
     torch.library.impl(name, "default")(function)
