@@ -18,6 +18,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2": ["-mavx2", "-mfma"],
         "avx512": AVX512,
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
@@ -32,7 +33,7 @@ class BuildKernels(build_ext):
                     ["csrc/kernels.cpp"],
                     output_dir=os.path.join(self.build_temp, name),
                     macros=[("FASTNCA_ISA", name)],
-                    extra_postargs=FLAGS + flags,
+                    extra_postargs=[*FLAGS, *flags, "-falign-functions=64"],
                     depends=ext.depends,
                 )
             super().build_extension(ext)

@@ -31,8 +31,7 @@ CONTROL = "reference, 1 ulp off"
 def train(target, frames, recipe, epochs, backend, precision, nudge=False, device="cpu"):
     """Losses [epochs] of a run."""
     grids = [grid[:, :frames] for grid in (target.mel_db, target.linear_db)]
-    trainer = Trainer(*grids, recipe, Budget(epochs=epochs), backend=backend, device=device)
-    trainer.model.precision = precision
+    trainer = Trainer(*grids, recipe, Budget(epochs=epochs), backend=backend, precision=precision, device=device)
     if nudge:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

@@ -68,9 +68,9 @@ class Size:
     copied: int = 2**30  # bytes
     precisions: tuple = _triton.PRECISIONS  # of what is slow; parity and rollouts have all
 
-    def problem(self, width=None, batch=1):
+    def problem(self, width=None, batch=1, lively=False):
         mel, linear = self.bands
-        return Problem(width or self.width, batch, mel, linear, device=device())
+        return Problem(width or self.width, batch, mel, linear, lively=lively, device=device())
 
 
 # One or two tiles of each grid: the interpreter takes a tenth of a second for every program.
@@ -242,7 +242,7 @@ def parity(size, found):
 
 def rollouts(size, found):
     """Long rollouts: cells that took another path than in float64 (apart by more than 0.001; tf32 and bf16 by 0.1)"""
-    problem = size.problem()
+    problem = size.problem(lively=True)
     weights = [w.detach() for w in problem.model.weights]
     exact = [x.double() for x in (*problem.grids, *weights)]
     with torch.no_grad(), tf32(False):

@@ -20,14 +20,23 @@ from fastnca.training import RECIPES
 
 
 class Problem:
-    """A model with the recipe's coordinates, its initial grids, and targets, from a seed."""
+    """A model with the recipe's coordinates, its initial grids, and targets, from a seed.
 
-    def __init__(self, width, batch=1, n_mels=80, n_linear=513, seed=0, device="cpu"):
+    ``lively``: cells die and come back, and rounding decides about some of them.
+    """
+
+    def __init__(self, width, batch=1, n_mels=80, n_linear=513, seed=0, lively=False, device="cpu"):
         torch.manual_seed(seed)
         self.model = DualSpecTNCA(n_mels=n_mels, n_linear=n_linear, coordinates=RECIPES["default"].coordinates)
         # As after some epochs: every parameter has a gradient, every cell lives, and no value fades or explodes.
         torch.nn.init.normal_(self.model.update_mlp[-1].weight, std=2e-3)
         self.grids = [grid.repeat(batch, 1, 1, 1) for grid in self.model.seed(width)]
+        if lively:
+            torch.nn.init.normal_(self.model.update_mlp[-1].weight, std=5e-3)
+            torch.nn.init.normal_(self.model.update_mlp[-1].bias, std=1e-2)
+            for grid in self.grids:
+                grid.normal_()
+                grid[:, 1].uniform_()
         self.targets = [torch.rand(grid.shape[0], *grid.shape[2:]) * 80.0 - 80.0 for grid in self.grids]
         # Drawn on the CPU, so that every device has the same problem.
         self.model.to(device)
@@ -39,7 +48,7 @@ class Problem:
 
 
 def _numpy(tensors):
-    return [tensor.detach().float().numpy() for tensor in tensors]
+    return [tensor.detach().numpy() for tensor in tensors]
 
 
 class _Torch:
@@ -68,17 +77,20 @@ class _Torch:
 class Model(_Torch):
     """``model.rollout`` as users call it, on a named backend."""
 
-    def __init__(self, problem, backend, precision="fp32", checkpoint_every=None):
+    def __init__(self, problem, backend, precision="fp32", checkpoint_every=None, double=False):
         super().__init__(problem)
         model = problem.model
         self.model = DualSpecTNCA(**model.config, backend=backend, precision=precision)
         self.model.load_state_dict(model.state_dict())
         self.model.to(problem.grids[0].device)
+        if double:
+            self.model.double()
+        self.grids = [grid.to(self.model.update_mlp[-1].bias.dtype) for grid in problem.grids]
         self.parameters = list(self.model.parameters())
         self.checkpoint_every = checkpoint_every
 
     def _rollout(self, num_steps):
-        return self.model.rollout(*self.problem.grids, num_steps, checkpoint_every=self.checkpoint_every)
+        return self.model.rollout(*self.grids, num_steps, checkpoint_every=self.checkpoint_every)
 
 
 class Compiled(_Torch):

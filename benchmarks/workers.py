@@ -88,6 +88,12 @@ class _Server:
 
         return _cpu._C.peak_flops(threads, *([True] if precision == "bf16" else []))
 
+    def use(self, capability):
+        """Another instruction set for the kernels from now on; '' for the best."""
+        from fastnca import _cpu
+
+        _cpu._C.set_capability(capability)
+
     def outputs(self, task):
         _, work, implementation = self.tasks[task]
         return implementation.outputs(work())

@@ -11,6 +11,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // GCC's name and Clang's
+#define FASTNCA_TILES
+#endif
 
 namespace fastnca {
 namespace FASTNCA_ISA {
@@ -71,11 +74,13 @@ FASTNCA_INLINE float clamp01(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f
 // Operands of the matrix products
 
 // A lane of a multiply-add takes words of 32 bits: one float, or two bf16 whose products are both added to the sum.
-// So a product sums over pairs of channels, and a weight gradient over pairs of cells; by_cells() lays them out.
+// So a product sums over pairs of channels, and a weight gradient over pairs of cells; inputs_by_cells() and
+// deltas_by_cells() lay its two factors out.
 struct Fp32 {
     using Element = float;
     using Words = Vec;
     static constexpr int per_word = 1;
+    static constexpr int cells_per_sum = 1;  // a weight gradient's sums take so many cells at once
     // Cells of a block: its intermediates stay in the inner caches. A multiple of every tile height, so that a block
     // of any number of cells can be computed in whole tiles (the cells beyond the end are computed from leftovers and
     // never used).
@@ -93,7 +98,11 @@ struct Fp32 {
     }
     static const Element* convert(const float* floats, int, float*) { return floats; }
     template <int kColumns>
-    static const Element* by_cells(const Element* elements, int, float*) {
+    static const Element* inputs_by_cells(const Element* elements, int, float*) {
+        return elements;
+    }
+    template <int kColumns>
+    static const Element* deltas_by_cells(const Element* elements, int, float*) {
         return elements;
     }
 };
@@ -101,11 +110,18 @@ struct Fp32 {
 #if defined(__AVX512BF16__)
 // How fast depends on the processor. Where vdpbf16ps has the rate of a float32 multiply-add, bf16 has twice the peak.
 // An Intel Xeon of model 207 was seen to start one every two cycles instead of two per cycle: half the peak of float32.
+// The tile registers of AMX have sixteen times that peak.
 struct Bf16 {
     using Element = uint16_t;
     using Words = IntVec;
     static constexpr int per_word = 2;
+#if defined(FASTNCA_TILES)
+    static constexpr int block = 256;
+    static constexpr int cells_per_sum = 32;
+#else
     static constexpr int block = 96;
+    static constexpr int cells_per_sum = 2;
+#endif
 
     typedef int32_t WordMemory __attribute__((aligned(2), may_alias));
     typedef int64_t HalfVec __attribute__((vector_size(32)));
@@ -135,21 +151,70 @@ struct Bf16 {
         for (int i = 0; i < count; i += kLanes) store(converted + i, load(floats + i));
         return converted;
     }
-    // From [cell][column] to [cell / 2][column][2].
+    // The words of two neighbouring cells, from [cell][column].
     template <int kColumns>
-    static const Element* by_cells(const Element* elements, int cells, float* memory) {
+    static FASTNCA_INLINE Words pair(const Element* cell) {
         typedef uint32_t WideVec __attribute__((vector_size(64)));
         typedef uint16_t ElementsMemory __attribute__((vector_size(32), aligned(2), may_alias));
         const auto widen = [](const Element* p) {
             return __builtin_convertvector(*reinterpret_cast<const ElementsMemory*>(p), WideVec);
         };
+        return (Words)(widen(cell) | widen(cell + kColumns) << 16);
+    }
+    // From [cell][column] to [cell / 2][column][2].
+    template <int kColumns>
+    static const Element* deltas_by_cells(const Element* elements, int cells, float* memory) {
         Element* out = reinterpret_cast<Element*>(memory);
         for (int cell = 0; cell < cells; cell += 2, elements += 2 * kColumns)
             for (int i = 0; i < kColumns; i += kLanes, out += 2 * kLanes)
-                *reinterpret_cast<IntVecMemory*>(out) =
-                    (IntVec)(widen(elements + i) | widen(elements + kColumns + i) << 16);
+                *reinterpret_cast<IntVecMemory*>(out) = pair<kColumns>(elements + i);
         return reinterpret_cast<const Element*>(memory);
     }
+#if defined(FASTNCA_TILES)
+    // From [cell][column] to [column][block].
+    template <int kColumns>
+    static const Element* inputs_by_cells(const Element* elements, int cells, float* memory) {
+        Element* out = reinterpret_cast<Element*>(memory);
+        for (int cell = 0; cell < cells; cell += 2 * kLanes)
+            for (int i = 0; i < kColumns; i += kLanes) {
+                Words words[kLanes];
+#pragma GCC unroll 16
+                for (int k = 0; k < kLanes; k++)
+                    words[k] = pair<kColumns>(elements + (cell + 2 * k) * kColumns + i);
+                transpose(words);
+#pragma GCC unroll 16
+                for (int k = 0; k < kLanes; k++)
+                    *reinterpret_cast<IntVecMemory*>(out + (i + k) * block + cell) = words[k];
+            }
+        return reinterpret_cast<const Element*>(memory);
+    }
+    static FASTNCA_INLINE void transpose(Words (&rows)[kLanes]) {
+        exchange<8>(rows);
+        exchange<4>(rows);
+        exchange<2>(rows);
+        exchange<1>(rows);
+    }
+    // In each block of 2 n rows and columns, exchanges the upper right and the lower left quarter.
+    template <int n>
+    static FASTNCA_INLINE void exchange(Words (&rows)[kLanes]) {
+        constexpr auto upper = [](int i) { return i & n ? kLanes + i - n : i; };
+        constexpr auto lower = [](int i) { return i & n ? kLanes + i : i + n; };
+#define FASTNCA_LANES(at) \
+    at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; k++) {
+            if (k & n) continue;
+            const Words a = rows[k], b = rows[k + n];
+            rows[k] = __builtin_shufflevector(a, b, FASTNCA_LANES(upper));
+            rows[k + n] = __builtin_shufflevector(a, b, FASTNCA_LANES(lower));
+        }
+    }
+#else
+    template <int kColumns>
+    static const Element* inputs_by_cells(const Element* elements, int cells, float* memory) {
+        return deltas_by_cells<kColumns>(elements, cells, memory);
+    }
+#endif
 };
 #endif
 
@@ -175,10 +240,128 @@ void pack_panels(typename Operand::Element* packed, const Weight& weight) {
                 for (int k = 0; k < Operand::per_word; k++) *packed++ = Operand::convert(weight(i + k, o));
 }
 
+#if defined(FASTNCA_TILES)
+// GCC does not see that tile instructions read memory: what was stored there before must not be delayed.
+FASTNCA_INLINE void finish_stores(const void* to) { __asm__ volatile("" : : "r"(to) : "memory"); }
+
+// Tile registers for products over words of 2 x bf16: 0...3 accumulate, 4 and 5 hold the left operand, 6 and 7 the right.
+class TileRegisters {
+public:
+    explicit TileRegisters(int words) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } configuration;
+        configuration.row_bytes[4] = configuration.row_bytes[5] = uint16_t(4 * words);
+        configuration.rows[6] = configuration.rows[7] = uint8_t(words);
+        finish_stores(&configuration);
+        _tile_loadconfig(&configuration);
+    }
+    ~TileRegisters() { _tile_release(); }
+};
+
+constexpr int kTileSide = 16;
+
+// As product(): two tiles of cells by two of outputs at a time.
+template <int kIn, int kOut, class Emit>
+FASTNCA_INLINE void tile_product(const uint16_t* in, const uint16_t* packed, const float* bias, int cells,
+                                 const Emit& emit) {
+    constexpr int columns = TileShape<kOut>::columns;
+    constexpr int across = min(columns / kTileSide, 2);
+    constexpr int words = min(kIn / 2, kTileSide);
+    alignas(64) float sums[2][2][kTileSide][kTileSide];
+    const TileRegisters registers(words);
+    finish_stores(in);
+    for (int panel = 0; panel < kOut; panel += columns, packed += kIn * columns)
+        for (int cell = 0; cell < cells; cell += 2 * kTileSide)
+            for (int o = 0; o < columns; o += across * kTileSide) {
+                if (bias) {
+                    _tile_loadd(0, bias + panel + o, 0);
+                    _tile_loadd(1, bias + panel + o, 0);
+                    if (across == 2) {
+                        _tile_loadd(2, bias + panel + o + kTileSide, 0);
+                        _tile_loadd(3, bias + panel + o + kTileSide, 0);
+                    }
+                } else {
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    _tile_zero(2);
+                    _tile_zero(3);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < kIn; i += 2 * words) {
+                    const uint16_t* x = in + cell * kIn + i;
+                    const uint16_t* w = packed + i * columns + 2 * o;
+                    _tile_loadd(4, x, kIn * 2);
+                    _tile_loadd(5, x + kTileSide * kIn, kIn * 2);
+                    _tile_loadd(6, w, columns * 4);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 5, 6);
+                    if (across == 2) {
+                        _tile_loadd(7, w + 2 * kTileSide, columns * 4);
+                        _tile_dpbf16ps(2, 4, 7);
+                        _tile_dpbf16ps(3, 5, 7);
+                    }
+                }
+                _tile_stored(0, sums[0][0], kTileSide * 4);
+                _tile_stored(1, sums[0][1], kTileSide * 4);
+                if (across == 2) {
+                    _tile_stored(2, sums[1][0], kTileSide * 4);
+                    _tile_stored(3, sums[1][1], kTileSide * 4);
+                }
+                for (int k = 0; k < across; k++)
+                    for (int c = 0; c < 2 * kTileSide; c++)
+                        emit(cell + c, panel + o + k * kTileSide, load(&sums[k][0][0][0] + c * kTileSide));
+            }
+}
+
+// As accumulate(), from inputs laid out [input][block]. The cells of a block are summed after what was there.
+template <int kIn, int kOut>
+void tile_accumulate(const uint16_t* in, const uint16_t* delta, int cells, float* gradient) {
+    constexpr int across = min(kOut / kTileSide, 2);
+    const TileRegisters registers(kTileSide);
+    finish_stores(in);
+    for (int i = 0; i < kIn; i += 2 * kTileSide)
+        for (int o = 0; o < kOut; o += across * kTileSide) {
+            float* sum = gradient + i * kOut + o;
+            _tile_loadd(0, sum, kOut * 4);
+            _tile_loadd(1, sum + kTileSide * kOut, kOut * 4);
+            if (across == 2) {
+                _tile_loadd(2, sum + kTileSide, kOut * 4);
+                _tile_loadd(3, sum + kTileSide * kOut + kTileSide, kOut * 4);
+            }
+            for (int cell = 0; cell < cells; cell += Bf16::cells_per_sum) {
+                const uint16_t* x = in + i * Bf16::block + cell;
+                const uint16_t* d = delta + cell * kOut + 2 * o;
+                _tile_loadd(4, x, Bf16::block * 2);
+                _tile_loadd(5, x + kTileSide * Bf16::block, Bf16::block * 2);
+                _tile_loadd(6, d, kOut * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 5, 6);
+                if (across == 2) {
+                    _tile_loadd(7, d + 2 * kTileSide, kOut * 4);
+                    _tile_dpbf16ps(2, 4, 7);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+            _tile_stored(0, sum, kOut * 4);
+            _tile_stored(1, sum + kTileSide * kOut, kOut * 4);
+            if (across == 2) {
+                _tile_stored(2, sum + kTileSide, kOut * 4);
+                _tile_stored(3, sum + kTileSide * kOut + kTileSide, kOut * 4);
+            }
+        }
+}
+#endif
+
 // emit(cell, output, sums) receives bias[o] + sum over i of in[cell][i] * weight(i, o), kLanes outputs at a time.
 template <class Operand, int kIn, int kOut, class Emit>
 FASTNCA_INLINE void product(const typename Operand::Element* in, const typename Operand::Element* packed,
                             const float* bias, int cells, const Emit& emit) {
+#if defined(FASTNCA_TILES)
+    if constexpr (Operand::per_word == 2) return tile_product<kIn, kOut>(in, packed, bias, cells, emit);
+#endif
     using Shape = TileShape<kOut>;
     constexpr int per_word = Operand::per_word;
     for (int panel = 0; panel < kOut; panel += Shape::columns, packed += kIn * Shape::columns) {
@@ -212,11 +395,15 @@ FASTNCA_INLINE void product(const typename Operand::Element* in, const typename 
     }
 }
 
-// gradient[i][o] += sum over cells of in[cell][i] * delta[cell][o], both laid out by_cells(). The sum of a block is
-// complete before it is added: two levels of summation keep the rounding error of long rollouts low.
+// gradient[i][o] += sum over cells of in[cell][i] * delta[cell][o], laid out by inputs_by_cells() and
+// deltas_by_cells(). The sum of a block is complete before it is added: two levels of summation keep the rounding error
+// of long rollouts low.
 template <class Operand, int kIn, int kOut>
 void accumulate(const typename Operand::Element* in, const typename Operand::Element* delta, int cells,
                 float* gradient) {
+#if defined(FASTNCA_TILES)
+    if constexpr (Operand::per_word == 2) return tile_accumulate<kIn, kOut>(in, delta, cells, gradient);
+#endif
     constexpr int per_word = Operand::per_word;
     constexpr int vectors = min(kOut / kLanes, kGradVectors);
     constexpr int rows = kGradRows * kGradVectors / vectors;
@@ -251,12 +438,17 @@ void accumulate(const typename Operand::Element* in, const typename Operand::Ele
 
 template <class Operand, int kOut>
 void accumulate_bias(const typename Operand::Element* delta, int cells, float* gradient) {
-    for (int o = 0; o < kOut; o += kLanes) {
-        Vec sum{};
+    constexpr int vectors = min(kOut / kLanes, kGradVectors);
+    for (int o = 0; o < kOut; o += vectors * kLanes) {
+        Vec sums[vectors] = {};
         for (int cell = 0; cell < cells; cell += Operand::per_word)
-            sum = Operand::multiply_add(sum, Operand::ones(),
-                                        Operand::words(delta + cell * kOut + o * Operand::per_word));
-        store(gradient + o, load(gradient + o) + sum);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                sums[v] = Operand::multiply_add(
+                    sums[v], Operand::ones(),
+                    Operand::words(delta + cell * kOut + (o + v * kLanes) * Operand::per_word));
+        for (int v = 0; v < vectors; v++)
+            store(gradient + o + v * kLanes, load(gradient + o + v * kLanes) + sums[v]);
     }
 }
 
@@ -696,9 +888,9 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
         const int cells = min(Operand::block, total - begin);
         float* delta_floats = scratch.delta + begin * kChannels;
         hidden_layers(packed, tile, begin, cells, scratch);
-        // A word may reach one cell further: that cell must add nothing, whatever its memory held.
-        const int whole_words = round_up(cells, Operand::per_word);
-        for (int cell = cells; cell < whole_words; cell++) {
+        // Sums over cells may reach further: those cells must add nothing, whatever their memory held.
+        const int whole_sums = round_up(cells, Operand::cells_per_sum);
+        for (int cell = cells; cell < whole_sums; cell++) {
             std::memset(delta_floats + cell * kChannels, 0, kChannels * sizeof(float));
             std::memset(block.perception + cell * kPerception, 0, kPerception * sizeof(block.perception[0]));
             std::memset(block.hidden1 + cell * kHidden1, 0, kHidden1 * sizeof(block.hidden1[0]));
@@ -706,9 +898,9 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
         }
 
         // Each layer's gradient takes the place of its output once that has been used.
-        const auto* delta = Operand::convert(delta_floats, whole_words * kChannels, scratch.update);
-        const auto* inputs = Operand::template by_cells<kHidden2>(block.hidden2, cells, scratch.inputs_by_cells);
-        const auto* deltas = Operand::template by_cells<kChannels>(delta, cells, scratch.deltas_by_cells);
+        const auto* delta = Operand::convert(delta_floats, whole_sums * kChannels, scratch.update);
+        const auto* inputs = Operand::template inputs_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.inputs_by_cells);
+        const auto* deltas = Operand::template deltas_by_cells<kChannels>(delta, whole_sums, scratch.deltas_by_cells);
         accumulate<Operand, kHidden2, kChannels>(inputs, deltas, cells, gradients.w3);
         accumulate_bias<Operand, kChannels>(deltas, cells, gradients.b3);
         product<Operand, kChannels, kHidden2>(delta, packed.w3_back, nullptr, cells, [=](int cell, int i, Vec sums) {
@@ -716,8 +908,8 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
             Operand::store(hidden, Operand::gate(hidden, sums));
         });
 
-        inputs = Operand::template by_cells<kHidden1>(block.hidden1, cells, scratch.inputs_by_cells);
-        deltas = Operand::template by_cells<kHidden2>(block.hidden2, cells, scratch.deltas_by_cells);
+        inputs = Operand::template inputs_by_cells<kHidden1>(block.hidden1, whole_sums, scratch.inputs_by_cells);
+        deltas = Operand::template deltas_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.deltas_by_cells);
         accumulate<Operand, kHidden1, kHidden2>(inputs, deltas, cells, gradients.w2);
         accumulate_bias<Operand, kHidden2>(deltas, cells, gradients.b2);
         product<Operand, kHidden2, kHidden1>(block.hidden2, packed.w2_back, nullptr, cells,
@@ -726,8 +918,8 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
                                                  Operand::store(hidden, Operand::gate(hidden, sums));
                                              });
 
-        inputs = Operand::template by_cells<kPerception>(block.perception, cells, scratch.inputs_by_cells);
-        deltas = Operand::template by_cells<kHidden1>(block.hidden1, cells, scratch.deltas_by_cells);
+        inputs = Operand::template inputs_by_cells<kPerception>(block.perception, whole_sums, scratch.inputs_by_cells);
+        deltas = Operand::template deltas_by_cells<kHidden1>(block.hidden1, whole_sums, scratch.deltas_by_cells);
         accumulate<Operand, kPerception, kHidden1>(inputs, deltas, cells, gradients.w1);
         accumulate_bias<Operand, kHidden1>(deltas, cells, gradients.b1);
         float* perception = scratch.perception;
@@ -752,6 +944,18 @@ void read_gradient(const float* gradient, const Tile* tiles, const Tile& tile, f
 
 template <class Operand>
 double multiply_adds(int64_t rounds) {
+#if defined(FASTNCA_TILES)
+    if constexpr (Operand::per_word == 2) {
+        const TileRegisters registers(kTileSide);
+        for (int64_t round = 0; round < rounds; round++) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        return 2.0 * 4 * kTileSide * kTileSide * 2 * kTileSide * double(rounds);
+    }
+#endif
     constexpr int kSums = 24;  // more than latency x throughput of any processor's units
     using Element = typename Operand::Element;
     volatile float unknown = 0.5f;

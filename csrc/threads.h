@@ -1,4 +1,4 @@
-// A team of threads that lives for one call: nothing survives the call, so forking is safe, calls from several Python
+// A team of threads that lives for one call: no thread works on after it, so forking is safe, calls from several Python
 // threads do not meet, and no OpenMP runtime can clash with the one inside torch.
 #pragma once
 
@@ -37,6 +37,9 @@ private:
 #endif
 };
 
+// A phase (for_each) ends when its work is done, not when every member has come: one that the system starts late, or
+// takes the processor from, is not waited for unless it holds work. Other thread pools spin on the same processors for
+// milliseconds after their last job, the length of a short call.
 class Team {
 public:
     // One thread's view of the team. Every member must make the same sequence of for_each calls.
@@ -45,63 +48,53 @@ public:
         Member(Team& team, int rank) : team_(team), rank_(rank) {}
         int rank() const { return rank_; }
 
-        // Calls work(i) for each i in [0, count), then waits for the other members. A member begins with its own
-        // contiguous share and then takes over what is left of the others' shares.
+        // Calls work(i) for each i in [0, count), by some member, and returns when all of them are done. A member
+        // begins with its own contiguous share and then takes over what is left of the others' shares.
         template <class Work>
         void for_each(int64_t count, const Work& work) {
-            Queue* queues = team_.queues_[phase_].get();
-            phase_ = 1 - phase_;
-            // Nobody touches the other set before the barrier below.
-            team_.queues_[phase_][rank_].taken.store(0, std::memory_order_relaxed);
+            if (count == 0) return;
+            int64_t done = 0;
             for (int i = 0; i < team_.size_; i++) {
                 const int owner = (rank_ + i) % team_.size_;
                 const int64_t begin = count * owner / team_.size_;
                 const int64_t end = count * (owner + 1) / team_.size_;
-                for (;;) {
-                    const int64_t item = begin + queues[owner].taken.fetch_add(1, std::memory_order_relaxed);
-                    if (item >= end) break;
-                    work(item);
-                }
+                for (int64_t item; (item = begin + team_.take(owner, phase_, end - begin)) < end; done++) work(item);
             }
-            team_.barrier();
+            team_.finish(phase_++, done, count);
         }
 
     private:
         Team& team_;
         int rank_;
-        int phase_ = 0;
+        uint32_t phase_ = 0;
     };
 
     // Runs body(member) on up to `threads` threads, the calling one included: fewer where the system gives no more.
     template <class Body>
     static void run(int threads, const Body& body) {
-        Team team(threads);
-        std::vector<std::thread> workers;
-        std::atomic<int> size{0};
+        const auto team = std::make_shared<Team>(threads);
         for (int rank = 1; rank < threads; rank++) {
             try {
-                workers.emplace_back([&, rank] {
-                    for (int spins = 0; size.load(std::memory_order_acquire) == 0; spins++) relax(spins);
-                    team.join(rank, body);
-                });
+                std::thread([team, &body, rank] {
+                    if (!team->enter()) return;
+                    team->join(rank, body);
+                    team->leave();
+                }).detach();
             } catch (const std::system_error&) {
                 break;
             }
         }
-        team.size_ = 1 + int(workers.size());
-        size.store(team.size_, std::memory_order_release);
-        team.join(0, body);
-        for (std::thread& worker : workers) worker.join();
+        team->join(0, body);
+        team->close();
     }
+
+    explicit Team(int size) : size_(size), queues_(new Queue[size]) {}
 
 private:
+    // Items taken of a member's share, below the phase that they belong to.
     struct alignas(64) Queue {
-        std::atomic<int64_t> taken{0};
+        std::atomic<uint64_t> phase_and_taken{0};
     };
-
-    explicit Team(int threads) : size_(threads) {
-        for (auto& queues : queues_) queues.reset(new Queue[threads]);
-    }
 
     template <class Body>
     void join(int rank, const Body& body) {
@@ -121,20 +114,50 @@ private:
 #endif
     }
 
-    void barrier() {
-        const uint32_t round = round_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
-            return;
+    // The next item of the owner's share, or `count` where none is left or the phase is over.
+    int64_t take(int owner, uint32_t phase, int64_t count) {
+        std::atomic<uint64_t>& next = queues_[owner].phase_and_taken;
+        uint64_t seen = next.load(std::memory_order_relaxed);
+        for (;;) {
+            const int64_t taken = int64_t(uint32_t(seen));
+            if (uint32_t(seen >> 32) != phase || taken >= count) return count;
+            if (next.compare_exchange_weak(seen, seen + 1, std::memory_order_relaxed)) return taken;
         }
-        for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) relax(spins);
     }
 
-    int size_;
-    std::unique_ptr<Queue[]> queues_[2];
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> round_{0};
+    // Whoever did the last item opens the next phase; the others wait for that.
+    void finish(uint32_t phase, int64_t done, int64_t count) {
+        if (done > 0 && done_.fetch_add(done, std::memory_order_acq_rel) + done == count) {
+            done_.store(0, std::memory_order_relaxed);
+            for (int i = 0; i < size_; i++)
+                queues_[i].phase_and_taken.store(uint64_t(phase + 1) << 32, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) relax(spins);
+    }
+
+    // The caller waits for the threads inside, so that what `body` refers to outlives them. One that starts when all is
+    // done finds the door closed and touches nothing but the team, which it shares.
+    bool enter() {
+        int inside = inside_.load(std::memory_order_relaxed);
+        while (inside >= 0)
+            if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) return true;
+        return false;
+    }
+    void leave() { inside_.fetch_sub(1, std::memory_order_release); }
+    void close() {
+        inside_.fetch_sub(kClosed, std::memory_order_relaxed);
+        for (int spins = 0; inside_.load(std::memory_order_acquire) != -kClosed; spins++) relax(spins);
+    }
+
+    static constexpr int kClosed = 1 << 30;
+
+    const int size_;
+    const std::unique_ptr<Queue[]> queues_;
+    alignas(64) std::atomic<int64_t> done_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int> inside_{0};
 };
 
 }  // namespace fastnca

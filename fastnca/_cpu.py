@@ -24,7 +24,7 @@ def why_not(device, dtype, num_channels, precision):
     if precision not in PRECISIONS:
         return f"it knows the precisions {', '.join(PRECISIONS)}, not {precision!r}"
     if precision == "bf16" and not _C.has_bf16():
-        return f"precision='bf16' needs the instruction set avx512_bf16, and {capability()} is in use"
+        return f"precision='bf16' needs the instruction set avx512_bf16 or amx_bf16, and {capability()} is in use"
     return None
 
 

@@ -26,6 +26,10 @@ Vocoder = Annotated[
 ]
 BigVGAN = Annotated[str | None, typer.Option(help="A hub name or a folder with config.json and the weights.")]
 Backend = Annotated[str | None, typer.Option(help="auto, or a name from `fastnca info`.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="Of the training's matrix products: fp32, bf16, or auto, which takes the faster."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that the folder holds.")]
 
@@ -50,7 +54,8 @@ def _grow(source, out, **options):
     with _one_line_errors(1):
         result, interrupted = run.grow()
     typer.echo(
-        f"{run.out}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s ({result['backend']}), "
+        f"{run.out}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s "
+        f"({result['backend']} {result['precision']}), "
         f"mel {result['mel_l1_db']:.1f} dB and linear {result['linear_l1_db']:.1f} dB from the target, "
         f"decoded by {result['vocoder']}"
     )
@@ -64,11 +69,12 @@ def grow(
     out: Out = None,
     epochs: Epochs = None,
     minutes: Minutes = None,
-    recipe: Annotated[str | None, typer.Option(help="default, or notebook.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="default, regenerate or notebook.")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds of the recording to use; 3 if not given.")] = None,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = None,
+    precision: Precision = None,
     checkpoint_every_epochs: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 10,
     seed: Seed = None,
     resume: Resume = False,
@@ -89,6 +95,7 @@ def grow(
         vocoder_choice=vocoder,
         bigvgan=bigvgan,
         backend=backend,
+        precision=precision,
         checkpoint_every_epochs=checkpoint_every_epochs,
         seed=seed,
         resume=resume,
@@ -131,6 +138,11 @@ def generate(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The wav file to write.")] = None,
     frames: Annotated[int | None, typer.Option(help="Time frames to grow, 256 samples each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to grow for.")] = None,
+    time: Annotated[
+        str,
+        typer.Option(help="What other --frames do: stretch changes the pace, sustain holds the middle of the sound."),
+    ] = "stretch",
+    video: Annotated[bool, typer.Option("--video", help="Write the growth as an animated GIF too.")] = False,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = "auto",
@@ -140,7 +152,15 @@ def generate(
 
     with _one_line_errors(2):
         path, decoder = generate_run(
-            run, out, n_frames=frames, num_steps=steps, vocoder_choice=vocoder, bigvgan=bigvgan, backend=backend
+            run,
+            out,
+            n_frames=frames,
+            num_steps=steps,
+            time=time,
+            video=video,
+            vocoder_choice=vocoder,
+            bigvgan=bigvgan,
+            backend=backend,
         )
     if decoder.hint:
         typer.echo(decoder.hint, err=True)
@@ -185,6 +205,7 @@ def info():
         for backend in backends.BACKENDS:
             reason = backends.why_not(backend, device=device)
             typer.echo(f"  {backend}: {'can run' if reason is None else 'cannot run: ' + reason}")
+        typer.echo(f"  grow trains in {backends.fastest_precision(backends.choose_backend(device=device))}")
 
 
 def main():

@@ -5,6 +5,7 @@ import math
 import numbers
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +14,7 @@ from . import backends, ops, reference
 from .files import atomic_write
 
 MODEL_FORMAT = "fastnca-model-1"
+TIMES = ("stretch", "sustain")
 
 
 def decode_db(grid):
@@ -21,6 +23,25 @@ def decode_db(grid):
     ``grid`` [N, C, H, W] -> [N, H, W] in dB, ``tanh(grid[:, 0]) * 40 - 40``, so between -80 and 0.
     """
     return torch.tanh(grid[:, 0]) * 40.0 - 40.0
+
+
+def frame_times(n_frames, trained_frames, time="stretch"):
+    """The place in the sound of each of ``n_frames`` frames, for a model that learned ``trained_frames`` -> [n_frames].
+
+    "stretch" spreads the whole sound over the frames. "sustain" lets it begin and end at the pace that it was learned
+    at: a longer sound holds its middle, a shorter one hurries through what is between its first and last quarter.
+
+    Raises ValueError for another name.
+    """
+    if time not in TIMES:
+        raise ValueError(f"unknown time {time!r}: expected one of {', '.join(TIMES)}")
+    if time == "stretch":
+        return torch.linspace(-1.0, 1.0, n_frames)
+    last = n_frames - 1
+    at_pace = (trained_frames - 1) / 2 if n_frames >= trained_frames else last / 4
+    place = -1.0 + 2.0 * at_pace / max(1, trained_frames - 1)
+    frames, places = (0.0, at_pace, last - at_pace, last), (-1.0, place, -place, 1.0)
+    return torch.from_numpy(np.interp(np.arange(n_frames), frames, places)).float()
 
 
 class DualSpecTNCA(nn.Module):
@@ -101,21 +122,32 @@ class DualSpecTNCA(nn.Module):
             f"life_mask={self.life_mask}, backend={self._requested_backend!r}, precision={self.precision!r}"
         )
 
-    def seed(self, n_frames):
+    def seed(self, n_frames, times=None):
         """Initial grids ([1, C, n_mels, n_frames], [1, C, n_linear, n_frames]): one live cell in the middle of each,
-        and the model's coordinates in the hidden channels."""
+        and the model's coordinates in the hidden channels.
+
+        ``times`` [n_frames] gives each frame's place in the sound, -1 its start and 1 its end; by default the frames
+        share the whole sound evenly (see :func:`frame_times`).
+        """
         if not isinstance(n_frames, numbers.Integral) or n_frames < 1:
             raise ValueError(f"n_frames must be an integer of at least 1, got {n_frames!r}")
-        return self._seed_grid(self.n_mels, n_frames), self._seed_grid(self.n_linear, n_frames)
-
-    def _seed_grid(self, height, width):
         weight = self.update_mlp[0].weight
-        grid = weight.new_zeros(1, self.num_channels, height, width)
+        if times is None:
+            times = torch.linspace(-1.0, 1.0, n_frames, dtype=weight.dtype, device=weight.device)
+        times = torch.as_tensor(times).to(weight)
+        if times.shape != (n_frames,):
+            raise ValueError(f"times must have shape [{n_frames}], one place per frame, got {list(times.shape)}")
+        return self._seed_grid(self.n_mels, times), self._seed_grid(self.n_linear, times)
+
+    def _seed_grid(self, height, times):
+        width = len(times)
+        grid = times.new_zeros(1, self.num_channels, height, width)
         grid[:, 1, height // 2, width // 2] = 1.0
         for channel, (function, axis, octave) in enumerate(self.coordinates, start=2):
-            size = height if axis == "f" else width
-            place = torch.linspace(-1.0, 1.0, size, dtype=weight.dtype, device=weight.device)
-            wave = getattr(torch, function)(math.pi * 2.0**octave * place)
+            places = times
+            if axis == "f":
+                places = torch.linspace(-1.0, 1.0, height, dtype=times.dtype, device=times.device)
+            wave = getattr(torch, function)(math.pi * 2.0**octave * places)
             grid[:, channel] = wave[:, None] if axis == "f" else wave
         return grid
 
@@ -155,9 +187,12 @@ class DualSpecTNCA(nn.Module):
         return tuple(self._reference_rollout(grid, num_steps, checkpoint_every) for grid in (grid_mel, grid_linear))
 
     @torch.no_grad()
-    def grow(self, n_frames, num_steps=96):
-        """Grow both grids from their seeds -> (mel_db [n_mels, T], linear_db [n_linear, T]) on the CPU."""
-        grids = self.rollout(*self.seed(n_frames), num_steps)
+    def grow(self, n_frames, num_steps=96, times=None):
+        """Grow both grids from their seeds -> (mel_db [n_mels, T], linear_db [n_linear, T]) on the CPU.
+
+        ``times`` [n_frames] as in :meth:`seed`.
+        """
+        grids = self.rollout(*self.seed(n_frames, times), num_steps)
         return tuple(decode_db(grid)[0].float().cpu() for grid in grids)
 
     def _reference_rollout(self, grid, num_steps, checkpoint_every):

@@ -6,7 +6,7 @@ kernels recompute the rest.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import infer_schema
 
 from . import _cpu, _triton
 
@@ -18,7 +18,9 @@ def rollout(mel, lin, weights, num_steps, *, life_mask=True, checkpoint_every=No
 
         tuple(reference.rollout(grid, weights, num_steps, life_mask) for grid in (mel, lin))
 
-    and differentiable in both grids and all parameters, once.
+    and differentiable in both grids and all parameters, once. Gradients that are finite or NaN spread as the
+    reference's; next to an infinite one the CPU kernels leave out the products of the stencils' zeros, which are NaN in
+    PyTorch, and may have an infinity there.
 
     Args:
         mel, lin: float32 grids [N, 16, H, W], H and W free for each.
@@ -76,7 +78,16 @@ def _new_states(mel, lin, num_steps, save_every, life_mask, backend):
     return mel.new_empty(count, _KERNELS[backend].state_floats(mel, lin, life_mask))
 
 
-@custom_op("fastnca::rollout", mutates_args=())
+def _operator(function):
+    """Defines ``torch.ops.fastnca.<name>``. (``torch.library.custom_op`` would import TorchDynamo, and with it Triton,
+    at the first call: a second on a CPU that needs neither.)"""
+    name = f"fastnca::{function.__name__.removesuffix('_op')}"
+    torch.library.define(name, infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default")(function)
+    return getattr(torch.ops.fastnca, name.removeprefix("fastnca::")).default
+
+
+@_operator
 def rollout_op(
     mel: Tensor,
     lin: Tensor,
@@ -102,13 +113,13 @@ def rollout_op(
     return final_mel, final_lin, states
 
 
-@rollout_op.register_fake
+@torch.library.register_fake("fastnca::rollout")
 def _(mel, lin, w1, b1, w2, b2, w3, b3, num_steps, save_every, life_mask, precision, backend):
     final = [torch.empty_like(grid, memory_format=torch.contiguous_format) for grid in (mel, lin)]
     return *final, _new_states(mel, lin, num_steps, save_every, life_mask, backend)
 
 
-@custom_op("fastnca::rollout_backward", mutates_args=())
+@_operator
 def rollout_backward_op(
     grad_mel: Tensor,
     grad_lin: Tensor,
@@ -132,7 +143,7 @@ def rollout_backward_op(
     return tuple(kernels.rollout_backward(grad_mel, grad_lin, states, weights, *options))
 
 
-@rollout_backward_op.register_fake
+@torch.library.register_fake("fastnca::rollout_backward")
 def _(grad_mel, grad_lin, states, w1, b1, w2, b2, w3, b3, num_steps, save_every, life_mask, precision, backend):
     inputs = (grad_mel, grad_lin, w1, b1, w2, b2, w3, b3)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
@@ -157,7 +168,7 @@ def _backward(ctx, grad_mel, grad_lin, _):
     return *rollout_backward_op(*grads, states, *weights, *ctx.arguments), None, None, None, None, None
 
 
-rollout_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastnca::rollout", _backward, setup_context=_setup_context)
 
 
 def _kernels(backend, device, precision):

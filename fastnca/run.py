@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from . import __version__, audio, backends, metrics, plotting, vocoder
 from .files import atomic_write
-from .model import load_model, read_safetensors, save_model, write_safetensors
+from .model import decode_db, frame_times, load_model, read_safetensors, save_model, write_safetensors
 from .training import Budget, Trainer, find_recipe
 
 CHECKPOINT_FORMAT = "fastnca-checkpoint-1"
@@ -45,8 +45,10 @@ DEFAULTS = {
     "vocoder": "auto",
     "bigvgan": None,
     "backend": "auto",
+    "precision": "auto",
 }
 DEFAULT_MINUTES = 10.0
+PICTURES = 96  # of a growth, beside the seed
 
 
 class Run:
@@ -57,6 +59,7 @@ class Run:
 
     Args:
         epochs, minutes: the budget of training, whichever ends first; without either, 10 minutes.
+        precision: of the training rollouts; "auto" takes bf16 where the processor has tile registers for it (AMX).
         duration: seconds of the recording to use. vocoder, bigvgan: see ``vocoder.resolve_vocoder``.
         resume: go on from the folder's last checkpoint. force: replace a run that the folder holds.
         tensorboard: write the losses for TensorBoard too.
@@ -78,6 +81,7 @@ class Run:
         vocoder_choice=None,
         bigvgan=None,
         backend=None,
+        precision=None,
         checkpoint_every_epochs=10,
         resume=False,
         force=False,
@@ -97,6 +101,7 @@ class Run:
             "vocoder": vocoder_choice,
             "bigvgan": bigvgan,
             "backend": backend,
+            "precision": precision,
         }
         given = {name: value for name, value in given.items() if value is not None}
         checkpoint = self._find_checkpoint(resume, force)
@@ -116,6 +121,10 @@ class Run:
         self.recipe = find_recipe(self.settings["recipe"])
         device = "cpu" if self.settings["backend"] == "cpu" or not torch.cuda.is_available() else "cuda"
         self.backend = backends.choose_backend(self.settings["backend"], device=device)
+        self.precision = self.settings["precision"]
+        if self.precision == "auto":
+            self.precision = backends.fastest_precision(self.backend)
+        backends.choose_backend(self.backend, device=device, precision=self.precision)
         if isinstance(source, (str, os.PathLike)):
             self.samples, info = audio.load_audio(source, self.settings["duration"])
             self.console.print(str(info), highlight=False, soft_wrap=True)
@@ -134,6 +143,7 @@ class Run:
             budget,
             seed=self.settings["seed"],
             backend=self.backend,
+            precision=self.precision,
             device=device,
         )
         self.losses = []
@@ -205,11 +215,11 @@ class Run:
                 row = trainer.train_epoch()
                 self.losses.append(row)
                 left = trainer.seconds * (1.0 / trainer.progress - 1.0)
-                losses = f"loss {row['loss']:.2f} (mel {row['mel_loss']:.2f}, linear {row['linear_loss']:.2f})"
-                line = f"epoch {trainer.epoch}: {losses}, {left / 60:.1f} min left"
+                errors = f"mel {row['mel_l1_db']:.2f} dB, linear {row['linear_l1_db']:.2f} dB off"
+                line = f"epoch {trainer.epoch}: {errors}, {left / 60:.1f} min left"
                 bar.update(task, completed=trainer.progress, description=line)
                 if writer:
-                    for name in ("loss", "mel_loss", "linear_loss", "learning_rate"):
+                    for name in ("loss", "mel_l1_db", "linear_l1_db", "learning_rate"):
                         writer.add_scalar(name, row[name], trainer.epoch)
                 if trainer.epoch % self.recipe.log_interval == 0:
                     if not self.console.is_terminal:
@@ -277,6 +287,7 @@ class Run:
             "training_seconds": trainer.seconds,
             "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
             "backend": trainer.model.backend,
+            "precision": trainer.model.precision,
             "vocoder": self.vocoder.name,
             "n_frames": target.n_frames,
             **metrics.grid_metrics(mel_db, linear_db, target),
@@ -309,12 +320,28 @@ def _stop_on_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def generate(run_folder, out=None, *, n_frames=None, num_steps=None, vocoder_choice=None, bigvgan=None, backend="auto"):
+def generate(
+    run_folder,
+    out=None,
+    *,
+    n_frames=None,
+    num_steps=None,
+    time="stretch",
+    video=False,
+    vocoder_choice=None,
+    bigvgan=None,
+    backend="auto",
+    console=None,
+):
     """Grow the sound of a finished run again and write it -> (path of the wav, the Vocoder that decoded it).
 
     A picture of the grown spectrograms lies beside the wav. ``out`` is by default ``generated.wav`` in the run's folder
     or, with other frames or steps than it was trained with, a name that says them. The vocoder is the run's own unless
     another is asked for.
+
+    Args:
+        time: what another number of frames does to the sound, "stretch" or "sustain", see ``model.frame_times``.
+        video: write the growth too, as an animated GIF beside the wav.
 
     Raises ValueError, TypeError, OSError for bad input, RuntimeError for a backend that cannot run here.
     """
@@ -331,16 +358,46 @@ def generate(run_folder, out=None, *, n_frames=None, num_steps=None, vocoder_cho
     wanted = (trained[0] if n_frames is None else n_frames, trained[1] if num_steps is None else num_steps)
     if wanted[0] < 8:
         raise ValueError(f"frames must be at least 8 (about 0.1 s), got {wanted[0]}")
+    if wanted[1] < 0:
+        raise ValueError(f"steps must be at least 0, got {wanted[1]}")
+    times = frame_times(wanted[0], trained[0], time)
+    if time == "sustain" and not any(axis == "t" for _, axis, _ in model.coordinates):
+        raise ValueError(f"time cannot sustain in {run_folder}: its recipe, {sound['recipe']}, has no time coordinates")
     if out is None:
-        out = run_folder / ("generated.wav" if wanted == trained else f"generated_{wanted[0]}x{wanted[1]}.wav")
+        name = "generated" if wanted == trained else f"generated_{wanted[0]}x{wanted[1]}"
+        out = run_folder / (f"{name}.wav" if time == "stretch" else f"{name}_{time}.wav")
     out = Path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}; make it first")
     decoder = vocoder.resolve_vocoder(vocoder_choice or sound["vocoder"], bigvgan or sound["bigvgan"])
     config = audio.SpectrogramConfig(**sound["spectrogram"])
     decoder.check(config)
-    mel_db, linear_db = model.grow(*wanted)
+    if video:
+        _save_growth(out.with_suffix(".gif"), model, *wanted, times, config, console or Console(stderr=True))
+    mel_db, linear_db = model.grow(*wanted, times)
     grown = audio.DualSpectrogram(mel_db, linear_db, sound["mel_ref_db"], sound["linear_ref_db"], config)
     audio.write_wav(out, decoder.decode(grown))
     plotting.save_picture(out.with_suffix(".png"), [(f"grown, {wanted[1]} steps", mel_db, linear_db)], config)
     return out, decoder
+
+
+def _save_growth(path, model, n_frames, num_steps, times, config, console):
+    """An animated GIF from the seed to ``num_steps``, of no more than PICTURES steps."""
+    stride = max(1, math.ceil(num_steps / PICTURES))
+    columns = (BarColumn(12), TextColumn("{task.percentage:3.0f}% {task.description}"))
+
+    @torch.no_grad()
+    def pictures(advance):
+        grids = model.seed(n_frames, times)
+        for step in range(0, num_steps + stride, stride):
+            step = min(step, num_steps)
+            if step > 0:
+                grids = model.rollout(*grids, (step - 1) % stride + 1)
+            levels = [decode_db(grid)[0].cpu().numpy() for grid in grids]
+            alphas = [grid[0, 1].cpu().numpy() for grid in grids]
+            yield f"step {step}", *levels, *alphas
+            advance()
+
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(path.name, total=math.ceil(num_steps / stride) + 1)
+        plotting.save_growth(path, pictures(lambda: bar.advance(task)), config)

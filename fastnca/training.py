@@ -1,14 +1,16 @@
 """Recipes, and the trainer that follows one."""
 
+import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from .losses import PerceptualLoss
 from .model import DualSpecTNCA, decode_db
+from .optim import Muon
 
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
@@ -19,11 +21,15 @@ class TrainingDiverged(RuntimeError):
     """The loss or a gradient became NaN or infinite."""
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model learns one target. All levels and losses are in dB."""
 
     learning_rate: float
+    optimizer: str = "adam"  # or "muon"
     coordinates: tuple = ()  # of the initial grids, see DualSpecTNCA
     stencil_gain: float = 1.0  # on the initial weights that see the stencils, whose output is larger than the state
     cosine_decay: bool = False  # of the learning rate over the whole budget
@@ -34,6 +40,10 @@ class Recipe:
     gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
     num_steps: int = 96
+    pool_size: int = 0  # grown states that training goes on from, see Pool; 0 grows from the seed alone
+    batch_size: int = 1  # states of the pool per epoch, one of which is the seed
+    damage: bool = False  # to the best state of the batch
+    least_steps: int = 96  # with the pool an epoch runs a random number of steps, least_steps..num_steps
     log_interval: int = 25  # epochs between progress pictures
 
 
@@ -63,6 +73,7 @@ RECIPES = {
         magnitude_weight=20.0,
     ),
 }
+RECIPES["regenerate"] = replace(RECIPES["default"], least_steps=64, pool_size=4, batch_size=2, damage=True)
 
 
 def find_recipe(name):
@@ -93,31 +104,80 @@ class Budget:
         return max(by_epochs, by_time)
 
 
+def damage(grid, generator=None):
+    """Zero a random block of cells, all their channels, in each state of ``grid`` [N, C, H, T], in place.
+
+    Each side of the block is a third of the grid's side on average.
+    """
+    for state in grid:
+        (top, bottom), (left, right) = (
+            torch.randint(size + 1, (2,), generator=generator).sort().values for size in state.shape[1:]
+        )
+        state[:, top:bottom, left:right] = 0.0
+
+
+class Pool:
+    """Grown states to go on growing from (Mordvintsev et al. 2020, "Growing Neural Cellular Automata").
+
+    An epoch draws ``batch_size`` of them; the seed takes the place of the worst, the best is damaged if asked for, and
+    what they have become goes back where it was drawn.
+
+    grids: (mel [P, C, n_mels, T], linear [P, C, n_linear, T]); errors [P]: how far each was from the target.
+    """
+
+    def __init__(self, seed, size):
+        self.seed = seed
+        self.grids = tuple(grid.repeat(size, 1, 1, 1) for grid in seed)
+        self.errors = torch.full((size,), torch.inf)
+
+    def draw(self, batch_size, damaged, generator=None):
+        """The indices of the drawn states and their grids [N, C, H, T], the first of which is the seed."""
+        drawn = torch.randperm(len(self.errors), generator=generator)[:batch_size]
+        drawn = drawn[self.errors[drawn].argsort(descending=True, stable=True)]
+        batch = tuple(grid[drawn] for grid in self.grids)
+        for grid, seed in zip(batch, self.seed):
+            grid[:1] = seed
+            if damaged:
+                damage(grid[-1:], generator)
+        return drawn, batch
+
+    def put(self, drawn, batch, errors):
+        for grid, grown in zip(self.grids, batch):
+            grid[drawn] = grown.detach()
+        self.errors[drawn] = errors.cpu()
+
+
 class Trainer:
     """Teaches one model one target, epoch by epoch.
 
     Args:
         target_mel, target_linear: [n_mels, T] and [n_linear, T] in dB, between -80 and 0.
         seed: of the initial weights and all that follows; on one machine the same seed and epochs give the same model.
+        precision: of the training rollouts; the weights and what :meth:`grown` shows are float32.
     """
 
-    def __init__(self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", device="cpu"):
+    def __init__(
+        self, target_mel, target_linear, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu"
+    ):
         torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.recipe = recipe
         self.budget = budget
         self.model = DualSpecTNCA(
             n_mels=target_mel.shape[0],
             n_linear=target_linear.shape[0],
             backend=backend,
+            precision=precision,
             coordinates=recipe.coordinates,
         ).to(device)
         with torch.no_grad():
             self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
         self.perceptual_loss = PerceptualLoss(device).requires_grad_(False) if recipe.gram_weight else None
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        self.optimizer = OPTIMIZERS[recipe.optimizer](self.model.parameters(), lr=recipe.learning_rate)
         self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
         self.target_linear = torch.as_tensor(target_linear, dtype=torch.float32, device=device)[None]
         self.initial_grids = self.model.seed(self.target_mel.shape[2])
+        self.pool = Pool(self.initial_grids, recipe.pool_size) if recipe.pool_size else None
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
 
@@ -134,35 +194,47 @@ class Trainer:
         return self.recipe.learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
     def _rollout(self):
-        mel, linear = self.model.rollout(
-            *self.initial_grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every()
-        )
-        return decode_db(mel), decode_db(linear)
+        """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
+        recipe, steps, grids = self.recipe, self.recipe.num_steps, self.initial_grids
+        if self.pool:
+            steps = torch.randint(recipe.least_steps, steps + 1, (), generator=self.generator).item()
+            drawn, grids = self.pool.draw(recipe.batch_size, recipe.damage, self.generator)
+        grids = self.model.rollout(*grids, steps, checkpoint_every=self._checkpoint_every())
+        grown = tuple(decode_db(grid) for grid in grids)
+        if self.pool:
+            targets = (self.target_mel, self.target_linear)
+            errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown, targets)]
+            self.pool.put(drawn, grids, sum(errors))
+        return grown
 
     def grown(self):
-        """What the model grows now: (mel_db [n_mels, T], linear_db [n_linear, T]) on the CPU."""
-        return self.model.grow(self.target_mel.shape[2], self.recipe.num_steps)
+        """What the model grows now, in float32 as on any machine: (mel_db [n_mels, T], linear_db [n_linear, T]) on the
+        CPU."""
+        model = copy.copy(self.model)
+        model.precision = "fp32"
+        return model.grow(self.target_mel.shape[2], self.recipe.num_steps)
 
     def _checkpoint_every(self):
         """The fewest replayed steps whose saved states fit the memory budget."""
         steps = self.recipe.num_steps
         if self.model.backend == "reference":
             return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
-        state = sum(grid.nbytes for grid in self.initial_grids)
+        state = sum(grid.nbytes for grid in self.initial_grids) * self.recipe.batch_size
         longest = max(1, math.isqrt(steps))
         return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
     def loss(self, mel_db, linear_db):
-        """The recipe's loss of two grown spectrograms -> (total, mel part, linear part)."""
+        """The recipe's loss of two grown spectrograms in dB, [1, n_mels, T] and [1, n_linear, T]."""
         mel = self.recipe.mel_weight * self._grid_loss(mel_db, self.target_mel)
         linear = self.recipe.linear_weight * self._grid_loss(linear_db, self.target_linear)
         if self.perceptual_loss is not None:
             mask = self._mask(self.target_mel)
-            pair = ((mel_db * mask)[:, None], (self.target_mel * mask)[:, None])
+            pair = ((mel_db * mask)[:, None], (self.target_mel * mask).expand_as(mel_db)[:, None])
             mel = mel + self.recipe.gram_weight * self.perceptual_loss(*pair)
-        return mel + linear, mel, linear
+        return mel + linear
 
     def _grid_loss(self, grown, target):
+        target = target.expand_as(grown)
         mask = self._mask(target)
         loss = F.l1_loss(grown * mask, target * mask)
         if self.recipe.magnitude_weight:
@@ -173,13 +245,15 @@ class Trainer:
         return (target > ACTIVE_DB).to(target.dtype) if self.recipe.active_cells_only else 1.0
 
     def train_epoch(self):
-        """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_loss", "linear_loss"}.
+        """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_l1_db", "linear_l1_db"}.
 
+        The losses are those before the step; the last two are mean absolute errors over all cells.
         Raises TrainingDiverged before a loss or gradient that is not finite reaches the weights.
         """
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        total, mel, linear = self.loss(*self._rollout())
+        mel_db, linear_db = self._rollout()
+        total = self.loss(mel_db, linear_db)
         self.optimizer.zero_grad()
         total.backward()
         gradients = [parameter.grad for parameter in self.model.parameters()]
@@ -199,27 +273,34 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
             "loss": total.item(),
-            "mel_loss": mel.item(),
-            "linear_loss": linear.item(),
+            "mel_l1_db": (mel_db.detach() - self.target_mel).abs().mean().item(),
+            "linear_l1_db": (linear_db.detach() - self.target_linear).abs().mean().item(),
         }
 
     def state_dict(self):
         """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        names = [name for name, _ in self.model.named_parameters()]
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors.update({f"adam.{names[index]}.{key}": value for key, value in state.items()})
-        tensors["random_state"] = torch.get_rng_state()
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        tensors["random_state"] = self.generator.get_state()
+        if self.pool:
+            mel, linear = self.pool.grids
+            tensors.update({"pool.mel": mel, "pool.linear": linear, "pool.errors": self.pool.errors})
         return tensors, {"epoch": self.epoch, "seconds": self.seconds}
 
     def load_state_dict(self, tensors, numbers):
         names = [name for name, _ in self.model.named_parameters()]
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
-        state = {
-            index: {key: tensors[f"adam.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, name in enumerate(names)
-            if numbers["epoch"] > 0
-        }
+        state = {index: {} for index in range(len(names))}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, key, parameter = name.split(".", 2)
+                state[names.index(parameter)][key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["random_state"])
+        self.generator.set_state(tensors["random_state"])
+        if self.pool:
+            for name, tensor in zip(("mel", "linear"), self.pool.grids):
+                tensor.copy_(tensors[f"pool.{name}"])
+            self.pool.errors = tensors["pool.errors"]
         self.epoch, self.seconds = numbers["epoch"], numbers["seconds"]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_runner_writes_its_tables(tmp_path, capsys):
-    sections = ["forward", "training", "checkpoints", "widths", "threads"]
+    sections = ["forward", "training", "checkpoints", "widths", "threads", "parity"]
     arguments = [*sections, "--quick", "--implementations", "cpu-bf16", "--threads", "1", "-o", str(tmp_path)]
     results = cpu.main(arguments)
     assert multiprocessing.active_children() == []
@@ -27,6 +27,8 @@ def test_the_runner_writes_its_tables(tmp_path, capsys):
     assert rows["cpu-fp32"]["times_cpu-fp32"] == 1.0
     assert ("cpu-bf16" in rows) == (implementations.why_not("cpu-bf16") is None)
     assert [row["width"] for row in results["sections"]["widths"] if row["name"] == "cpu-fp32"] == [8, 16]
+    assert {row["capability"] for row in results["sections"]["parity"]} >= {None, "baseline"}
+    assert all(row["flips"] == 0.0 for row in results["sections"]["parity"] if row["name"] != "cpu-bf16")
     written = json.loads((tmp_path / "cpu.json").read_text())
     assert written["sections"]["forward"] == results["sections"]["forward"]
     text = (tmp_path / "cpu.md").read_text()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import fastnca
-from fastnca import audio
+from fastnca import audio, backends, plotting
 from fastnca.cli import app
-from fastnca.model import read_safetensors
+from fastnca.model import frame_times, read_safetensors
 from fastnca.run import CHECKPOINT_FORMAT
 from fastnca.training import Trainer
 
@@ -101,6 +103,18 @@ class TestGrow:
         assert grow(note, tmp_path / "again", "--epochs", 3).exit_code == 0
         assert_same_run(run, tmp_path / "again")
 
+    @pytest.mark.parametrize("fastest", ["fp32", "bf16"])
+    def test_trains_in_the_fastest_precision(self, note, tmp_path, monkeypatch, fastest):
+        if backends.why_not("cpu", precision=fastest):
+            pytest.skip(f"the CPU kernels have no {fastest} here")
+        monkeypatch.setattr(backends, "fastest_precision", lambda backend: fastest)
+        assert grow(note, tmp_path / "run", "--epochs", 1, "--backend", "cpu").exit_code == 0
+        metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+        assert metrics["precision"] == fastest
+        named = grow(note, tmp_path / "named", "--epochs", 1, "--backend", "cpu", "--precision", fastest)
+        assert named.exit_code == 0
+        assert_same_run(tmp_path / "run", tmp_path / "named")
+
     def test_demo(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
             audio, "synthesize_bowed_string", lambda duration: 0.1 * np.ones(2048) * np.arange(2048) % 1
@@ -117,10 +131,58 @@ class TestGenerate:
         assert (tmp_path / "again.wav").read_bytes() == (finished[1] / "generated.wav").read_bytes()
         assert (tmp_path / "again.png").exists()
 
-    def test_other_length_and_steps(self, finished, tmp_path):
-        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "long.wav", "--frames", 16, "--steps", 8)
+    @pytest.mark.parametrize("time", ["stretch", "sustain"])
+    def test_other_length_and_steps(self, finished, tmp_path, time):
+        out = tmp_path / "long.wav"
+        result = fastnca_cli("generate", finished[1], "-o", out, "--frames", 16, "--steps", 8, "--time", time)
         assert result.exit_code == 0, result.stderr
-        assert soundfile.info(tmp_path / "long.wav").frames == 16 * 256
+        assert soundfile.info(out).frames == 16 * 256
+
+    def test_sustaining_holds_the_middle(self, finished, tmp_path):
+        """Frames of one place in time that are too far from a border to know of it grow alike."""
+        model, sound = fastnca.load_model(finished[1] / "model.safetensors")
+        mel_db, linear_db = model.grow(40, 4, frame_times(40, sound["n_frames"], "sustain"))
+        for grown in (mel_db, linear_db):
+            held = grown[:, 8:16]
+            torch.testing.assert_close(held, held[:, :1].expand_as(held))
+            assert not torch.allclose(grown[:, 2], held[:, 0])
+
+    def test_default_names_tell_results_apart(self, finished, tmp_path):
+        shutil.copy(finished[1] / "model.safetensors", tmp_path)
+        for options in ((), ("--steps", 4), ("--steps", 4, "--time", "sustain")):
+            assert fastnca_cli("generate", tmp_path, *options).exit_code == 0
+        assert {path.stem for path in tmp_path.glob("*.wav")} == {
+            "generated", "generated_8x4", "generated_8x4_sustain"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(("steps", "shown"), [(0, [0]), (5, [0, 1, 2, 3, 4, 5]), (200, [0, 3, 6, 198, 200])])
+    def test_video(self, finished, tmp_path, monkeypatch, steps, shown):
+        titles = []
+
+        def save_growth(path, grown, config):
+            path.write_bytes(b"")
+            for title, mel_db, linear_db, mel_alpha, linear_alpha in grown:
+                titles.append(title)
+                assert mel_db.shape == mel_alpha.shape == (80, 8) and linear_db.shape == linear_alpha.shape == (513, 8)
+            growth.extend((mel_db, linear_db))
+
+        growth = []
+        monkeypatch.setattr(plotting, "save_growth", save_growth)
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "a.wav", "--steps", steps, "--video")
+        assert result.exit_code == 0, result.stderr
+        assert set(titles) >= {f"step {step}" for step in shown}
+        assert titles[0] == "step 0" and titles[-1] == f"step {steps}" and len(titles) <= 97
+        assert (tmp_path / "a.gif").exists()
+        model, _ = fastnca.load_model(finished[1] / "model.safetensors")
+        for one, other in zip(growth, model.grow(8, steps), strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other)
+
+    def test_video_is_an_animated_picture(self, finished, tmp_path):
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "a.wav", "--steps", 3, "--video")
+        assert result.exit_code == 0, result.stderr
+        with Image.open(tmp_path / "a.gif") as gif:
+            assert gif.format == "GIF" and gif.n_frames == 4
+        assert {path.name for path in tmp_path.iterdir()} == {"a.gif", "a.wav", "a.png"}
 
 
 def test_compare(finished):
@@ -170,7 +232,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default"),
+            (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default, regenerate"),
+            (["--precision", "fp8"], "unknown precision 'fp8': expected one of"),
+            (["--backend", "reference", "--precision", "bf16"], "backend 'reference' cannot run"),
             (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, "),
             (["--vocoder", "hifigan"], "vocoder must be one of auto, bigvgan, griffinlim, got 'hifigan'"),
             (["--epochs", "0"], "epochs must be at least 1"),
@@ -225,13 +289,22 @@ class TestBadInput:
         ("options", "words"),
         [
             (["--frames", "0"], "frames must be at least 8"),
-            (["--steps", "-1"], "num_steps must be an integer of at least 0"),
+            (["--steps", "-1"], "steps must be at least 0, got -1"),
+            (["--time", "repeat"], "unknown time 'repeat': expected one of stretch, sustain"),
             (["--backend", "cuda"], "unknown backend"),
             (["-o", "no/such/folder.wav"], "no such folder"),
         ],
     )
     def test_generate_options(self, finished, options, words):
         self.rejected(fastnca_cli("generate", finished[1], *options), words)
+
+    def test_sustaining_without_time_coordinates(self, finished, tmp_path):
+        model, sound = fastnca.load_model(finished[1] / "model.safetensors")
+        model.coordinates = ()
+        fastnca.save_model(tmp_path / "model.safetensors", model, {**sound, "recipe": "notebook"})
+        result = fastnca_cli("generate", tmp_path, "--time", "sustain")
+        self.rejected(result, "its recipe, notebook, has no time coordinates")
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
     def test_generate_without_a_run(self, tmp_path):
         self.rejected(fastnca_cli("generate", tmp_path / "nothing"), "no such folder")

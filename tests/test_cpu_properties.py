@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_cpu import make_grid, make_weights, reference_rollout, resting_weights, run
+from test_cpu import assert_errs_as_float32, make_grid, make_weights, reference_rollout, resting_weights, run
 
 from fastnca import _cpu, ops, reference
 
@@ -98,6 +98,34 @@ def expanded(x):
 layouts = st.sampled_from([contiguous, every_second, transposed, channels_last, offset, expanded])
 
 
+def rounding_bound(s, weights, num_steps, life_mask):
+    """What each value of a float32 rollout of one grid may err by, to first order, if every sum is rounded once to its
+    terms' absolute sum: a running error analysis (Higham 2002, "Accuracy and Stability", section 3.3)."""
+    s, (w1, b1, w2, b2, w3, b3) = s.double(), [weight.double() for weight in weights]
+    channels = s.shape[1]
+    stencils = torch.tensor((reference.SOBEL_X, reference.SOBEL_Y, reference.LAPLACIAN)).double().abs()
+
+    def perceive(x):
+        parts = [F.conv2d(x, stencil.expand(channels, 1, 3, 3), padding=1, groups=channels) for stencil in stencils]
+        return torch.cat([x, *parts], dim=1)
+
+    def layer(x, error, weight, bias):
+        return F.conv2d(x.abs() + error, weight.abs(), bias.abs())
+
+    error = torch.zeros_like(s)
+    for _ in range(num_steps):
+        p = reference.perceive(s)
+        h1, error1 = F.relu(F.conv2d(p, w1, b1)), layer(p, perceive(s.abs() + error), w1, b1)
+        h2, error2 = F.relu(F.conv2d(h1, w2, b2)), layer(h1, error1, w2, b2)
+        u, error = s + F.conv2d(h2, w3, b3), s.abs() + error + layer(h2, error2, w3, b3)
+        s = reference.step(s, [w1, b1, w2, b2, w3, b3], life_mask)
+        if life_mask:
+            u[:, 1] = u[:, 1].clamp(0, 1)
+            life, life_error = (F.max_pool2d(x[:, 1:2], kernel_size=3, stride=1, padding=1) for x in (u, error))
+            error = error * life + u.abs() * life_error + s.abs()
+    return error * 2**-24
+
+
 @pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
 @given(data=st.data())
 def test_steps_err_as_float32_does(life_mask, data):
@@ -110,9 +138,11 @@ def test_steps_err_as_float32_does(life_mask, data):
         eager = reference_rollout(num_steps, life_mask)(*grids, weights)
         doubles = [[x.double() for x in part] for part in (grids, weights)]
         judge = reference_rollout(num_steps, life_mask)(*doubles[0], doubles[1])
-    for actual, float32, expected in zip(fused, eager, judge):
-        error, float32_error = ((x - expected).norm() / (expected.norm() + 1e-30) for x in (actual, float32))
-        assert error <= 2 * float32_error + 1e-6
+    for grid, actual, float32, expected in zip(grids, fused, eager, judge):
+        # Roundings cancel in part: over hundreds of examples neither came closer than a fortieth of the bound.
+        allowed = rounding_bound(grid, weights, num_steps, life_mask) / 16
+        for result in (actual, float32):
+            assert ((result - expected).abs() <= allowed).all()
 
 
 @given(data=st.data())
@@ -158,11 +188,7 @@ def test_gradients_through_ties_and_clamps(data):
     assume(all(distance_from_relu_kinks(grid, problem[1]) > 4e-7 for grid in problem[0]))
     with kernels(data.draw(capabilities), data.draw(thread_counts)):
         actual = run(lambda *x: ops.rollout(*x, 1), *problem)
-    eager = run(reference_rollout(1), *problem)
-    judge = run(reference_rollout(1), *problem, dtype=torch.float64)
-    for name, expected in judge.items():
-        error, float32_error = ((x[name] - expected).norm() / (expected.norm() + 1e-30) for x in (actual, eager))
-        assert error <= 2 * float32_error + 2e-6, name
+    assert_errs_as_float32(actual, problem, 1, slack=2e-6)
 
 
 def assert_spreads_as_in_the_reference(data, value, where):

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastnca
 from fastnca import backends, reference
-from fastnca.model import MODEL_FORMAT, write_safetensors
+from fastnca.model import MODEL_FORMAT, frame_times, write_safetensors
 
 
 class NotebookModel(nn.Module):
@@ -146,6 +146,42 @@ def test_seed_and_coordinates():
         f, t = torch.linspace(-1, 1, height), torch.linspace(-1, 1, 5)
         torch.testing.assert_close(grid[0, 2], torch.sin(math.pi * f)[:, None].expand(-1, 5))
         torch.testing.assert_close(grid[0, 3], torch.cos(2 * math.pi * t).expand(height, -1))
+
+
+def test_seed_at_given_times():
+    model = fastnca.DualSpecTNCA(n_mels=4, n_linear=6, coordinates=[("sin", "f", 0), ("cos", "t", 1)])
+    times = torch.tensor([-1.0, 0.0, 0.0, 0.7])
+    for grid in model.seed(4, times):
+        torch.testing.assert_close(grid[0, 3], torch.cos(2 * math.pi * times).expand(grid.shape[2], -1))
+    for given, default in zip(model.seed(4, torch.linspace(-1, 1, 4)), model.seed(4), strict=True):
+        assert torch.equal(given, default)
+    with pytest.raises(ValueError, match=r"times must have shape \[4\], one place per frame, got \[3\]"):
+        model.seed(4, times[:3])
+
+
+@pytest.mark.parametrize("trained", [7, 8])
+def test_frame_times(trained):
+    learned = torch.linspace(-1, 1, trained)
+    for time in ("stretch", "sustain"):
+        torch.testing.assert_close(frame_times(trained, trained, time), learned)
+    assert torch.equal(frame_times(20, trained, "stretch"), torch.linspace(-1, 1, 20))
+    longer = frame_times(20, trained, "sustain")
+    half = trained // 2
+    torch.testing.assert_close(longer[:half], learned[:half])
+    torch.testing.assert_close(longer[-half:], learned[-half:])
+    assert longer[half:-half].abs().max() < 1e-6
+
+
+def test_a_shorter_sound_hurries_through_its_middle():
+    learned, shorter = torch.linspace(-1, 1, 33), frame_times(17, 33, "sustain")
+    torch.testing.assert_close(shorter[:5], learned[:5])
+    torch.testing.assert_close(shorter[-5:], learned[-5:])
+    torch.testing.assert_close(shorter[4:13].diff(), torch.full((8,), 3 / 16))
+
+
+def test_wrong_time():
+    with pytest.raises(ValueError, match="unknown time 'loop': expected one of stretch, sustain"):
+        frame_times(8, 8, "loop")
 
 
 def test_decode_db():

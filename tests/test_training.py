@@ -1,15 +1,21 @@
 """Recipes, budgets and the trainer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastnca
-from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, find_recipe
+from fastnca.optim import Muon
+from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, damage, find_recipe
+
+BUDGET = Budget(epochs=10)
+REGENERATE = replace(RECIPES["regenerate"], num_steps=6, least_steps=3)
 
 
-def make_trainer(target, recipe="default", **options):
-    return Trainer(*target, RECIPES[recipe], options.pop("budget", Budget(epochs=10)), **options)
+def make_trainer(target, recipe="default", budget=BUDGET, **options):
+    return Trainer(*target, RECIPES.get(recipe, recipe), budget, **options)
 
 
 def test_notebook_recipe_is_the_notebooks_loss(target):
@@ -22,7 +28,7 @@ def test_notebook_recipe_is_the_notebooks_loss(target):
     gram = trainer.perceptual_loss((mel * mel_mask)[:, None], (target_mel * mel_mask)[:, None])
     mel_loss = 2.0 * gram + 0.3 * F.l1_loss(mel * mel_mask, target_mel * mel_mask)
     linear_loss = F.l1_loss(linear * linear_mask, target_linear * linear_mask)
-    torch.testing.assert_close(trainer.loss(mel, linear)[0], mel_loss + 0.5 * linear_loss)
+    torch.testing.assert_close(trainer.loss(mel, linear), mel_loss + 0.5 * linear_loss)
 
 
 def test_default_recipe_judges_quiet_cells_too(target):
@@ -30,7 +36,7 @@ def test_default_recipe_judges_quiet_cells_too(target):
     silent = [torch.full_like(grid, -80.0)[None] for grid in target]
     trainer.target_mel, trainer.target_linear = silent
     louder = [grid + 5.0 for grid in silent]
-    assert trainer.loss(*louder)[0] > trainer.loss(*silent)[0] == 0.0
+    assert trainer.loss(*louder) > trainer.loss(*silent) == 0.0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -60,6 +66,19 @@ def test_normalised_gradients_have_unit_norm(target):
         assert parameter.grad.norm() == pytest.approx(1.0, abs=1e-4)
 
 
+def test_muon_steps_are_orthogonal_and_leave_what_has_no_gradient():
+    torch.manual_seed(0)
+    matrix, idle, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 5, 1, 1), (3, 4), (6,)))
+    optimizer = Muon([matrix, idle, bias], lr=0.1)
+    matrix.grad, idle.grad, bias.grad = torch.randn(8, 5, 1, 1), torch.zeros(3, 4), torch.tensor([1e-3] * 3 + [5.0] * 3)
+    optimizer.step()
+    singular = torch.linalg.svdvals(matrix.detach().flatten(1)) / (0.2 * 0.1 * 8**0.5)
+    assert (singular > 0.6).all() and (singular < 1.3).all()
+    assert (matrix.detach() * matrix.grad).sum() < 0
+    assert not idle.any()
+    torch.testing.assert_close(bias.detach(), torch.full((6,), -0.01), rtol=1e-3, atol=0)
+
+
 def test_learning_rate_decays_over_the_budget(target):
     trainer = make_trainer(target, budget=Budget(epochs=100, minutes=2))
     assert trainer.learning_rate == pytest.approx(2e-3)
@@ -84,9 +103,70 @@ def test_divergence_stops_before_the_weights(target):
         assert torch.equal(parameter, kept)
 
 
+def test_damage_zeroes_one_block_of_all_channels():
+    torch.manual_seed(0)
+    sizes = []
+    for _ in range(200):
+        grid = torch.ones(2, 3, 12, 30)
+        damage(grid)
+        for state in grid:
+            assert torch.equal(state, state[:1].expand_as(state))
+            rows, columns = (state[0] == 0).any(dim=1), (state[0] == 0).any(dim=0)
+            assert torch.equal(state[0] == 0, rows[:, None] & columns)
+            for hit in (rows, columns):
+                assert hit.int().diff().abs().sum() <= 2  # one run of cells
+            sizes.append(rows.float().mean() * columns.float().mean())
+    assert 0.05 < sum(sizes) / len(sizes) < 0.2 and len(set(sizes)) > 50
+
+
+def test_a_pool_gives_the_seed_for_the_worst_and_damages_the_best(target):
+    pool = make_trainer(target, REGENERATE).pool
+    size = len(pool.errors)
+    pool.errors = torch.arange(size, dtype=torch.float32)
+    for grid in pool.grids:
+        grid.copy_(10.0 + pool.errors[:, None, None, None].expand_as(grid))
+    damaged = 0
+    for _ in range(20):
+        drawn, batch = pool.draw(2, damaged=True)
+        assert pool.errors[drawn[0]] > pool.errors[drawn[1]]
+        for grid, seed, kept in zip(batch, pool.seed, pool.grids, strict=True):
+            assert torch.equal(grid[:1], seed)
+            assert set(grid[1].unique().tolist()) <= {0.0, 10.0 + drawn[1].item()}
+            damaged += (grid[1] == 0).any().item()
+            assert kept.gt(0).all()
+    assert damaged > 20
+    pool.put(drawn, [torch.full_like(grid, 3.0) for grid in batch], torch.tensor([0.5, 0.25]))
+    assert pool.errors[drawn].tolist() == [0.5, 0.25] and pool.grids[0][drawn].eq(3.0).all()
+
+
+def test_regenerating_starts_where_the_last_epochs_ended(target):
+    trainer = make_trainer(target, REGENERATE)
+    for _ in range(3):
+        trainer.train_epoch()
+    assert trainer.pool.errors.isfinite().any()
+    grown = trainer.pool.grids[0][trainer.pool.errors.isfinite()]
+    assert not torch.equal(grown, trainer.initial_grids[0].expand_as(grown))
+
+
+def test_random_step_counts(target, monkeypatch):
+    trainer = make_trainer(target, REGENERATE)
+    counts = []
+    rollout = trainer.model.rollout
+
+    def counted(mel, linear, num_steps, **options):
+        counts.append(num_steps)
+        return rollout(mel, linear, num_steps, **options)
+
+    monkeypatch.setattr(trainer.model, "rollout", counted)
+    for _ in range(30):
+        trainer.train_epoch()
+    assert set(counts) == {3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("recipe", ["default", REGENERATE], ids=["default", "regenerate"])
 @pytest.mark.parametrize("epochs_before", [0, 2])
-def test_state_goes_on_bit_for_bit(target, epochs_before):
-    whole, first, second = (make_trainer(target, seed=seed) for seed in (0, 0, 1))
+def test_state_goes_on_bit_for_bit(target, epochs_before, recipe):
+    whole, first, second = (make_trainer(target, recipe, seed=seed) for seed in (0, 0, 1))
     rows = [whole.train_epoch() for _ in range(epochs_before + 2)]
     for _ in range(epochs_before):
         first.train_epoch()
@@ -113,7 +193,7 @@ def test_wrong_budgets(options, words):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of notebook, default"):
+    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of notebook, default, regenerate"):
         find_recipe("best")
 
 

@@ -560,14 +560,13 @@ def test_grids_that_are_too_wide_are_refused():
         ops.rollout(mel, wide, weights, 1, backend="triton")
 
 
-def test_the_cpu_does_not_import_the_kernels():
-    """Torch itself imports Triton, where it is installed, as soon as any custom operator runs."""
+def test_cpu_work_imports_neither_triton_nor_torchdynamo():
     script = """
 import sys, torch, fastnca
 fastnca.backends.why_not("triton")
-assert not any(name.split(".")[0] == "triton" for name in sys.modules)
-model = fastnca.DualSpecTNCA(n_mels=3, n_linear=4)
+model = fastnca.DualSpecTNCA(n_mels=3, n_linear=4, backend="cpu")
 sum(grid.sum() for grid in model.rollout(*model.seed(5), 2)).backward()
-assert "fastnca._triton_kernels" not in sys.modules
+print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert result.stdout == "[]\n"
