@@ -106,7 +106,8 @@ def why_not(device, dtype, num_channels, precision):
     if interpreting():
         return None
     if device.type != "cuda":
-        return f"it runs on GPU tensors, not on {device.type}"
+        here = "" if torch.cuda.is_available() else ", and this PyTorch finds no GPU"
+        return f"it runs on GPU tensors, not on {device.type}{here}"
     return _gpu_why_not(device, precision)
 
 
