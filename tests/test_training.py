@@ -81,11 +81,12 @@ def test_muon_steps_are_orthogonal_and_leave_what_has_no_gradient():
 
 def test_learning_rate_decays_over_the_budget(target):
     trainer = make_trainer(target, budget=Budget(epochs=100, minutes=2))
-    assert trainer.learning_rate == pytest.approx(2e-3)
+    peak = RECIPES["default"].learning_rate
+    assert trainer.learning_rate == pytest.approx(peak)
     trainer.epoch = 50
-    assert trainer.progress == 0.5 and trainer.learning_rate == pytest.approx(0.51 * 2e-3)
+    assert trainer.progress == 0.5 and trainer.learning_rate == pytest.approx(0.51 * peak)
     trainer.seconds = 120.0
-    assert trainer.progress == 1.0 and trainer.learning_rate == pytest.approx(0.02 * 2e-3)
+    assert trainer.progress == 1.0 and trainer.learning_rate == pytest.approx(0.02 * peak)
     notebook = make_trainer(target, "notebook")
     notebook.epoch = 9
     assert notebook.learning_rate == 2e-4
