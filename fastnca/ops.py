@@ -1,7 +1,7 @@
 """The fused rollout as PyTorch operators: schema, shapes for tracing, autograd. The backends plug in their kernels.
 
-One autograd node covers the whole rollout of both grids. It keeps states only, 16 floats per cell, and the backward
-kernels recompute the rest.
+One autograd node covers the whole rollout of both grids. It keeps states only, 16 or 18 floats per cell, and the
+backward kernels recompute the rest.
 """
 
 import torch
