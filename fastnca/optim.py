@@ -27,12 +27,13 @@ class Muon(torch.optim.Optimizer):
 
     A matrix W [out, in], or the weight [out, in, 1, 1] of a 1x1 convolution, steps by 0.2 lr sqrt(max(out, in)) times
     its orthogonalized Nesterov momentum: all directions of the gradient are followed alike, and the entries change by
-    about 0.2 lr in root mean square, Adam's usual step (Liu et al. 2025, "Muon is scalable for LLM training"). Other
-    parameters, the biases, take Adam's steps at a tenth of ``lr``.
+    about 0.2 lr in root mean square, Adam's usual step, and decay by lr ``weight_decay`` (Liu et al. 2025, "Muon is
+    scalable for LLM training"). Other parameters, the biases, take Adam's steps at a tenth of ``lr``.
     """
 
-    def __init__(self, parameters, lr, momentum=0.95, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
+    def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.3, betas=(0.9, 0.999), eps=1e-8):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(parameters, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -42,11 +43,12 @@ class Muon(torch.optim.Optimizer):
                     step = self._matrix_step if parameter.dim() > 1 else self._vector_step
                     step(parameter, self.state[parameter], **{k: v for k, v in group.items() if k in self.defaults})
 
-    def _matrix_step(self, parameter, state, lr, momentum, **_):
+    def _matrix_step(self, parameter, state, lr, momentum, weight_decay, **_):
         average = state.setdefault("momentum", torch.zeros_like(parameter))
         average.lerp_(parameter.grad, 1.0 - momentum)
         direction = parameter.grad.lerp(average, momentum).flatten(1)
         scale = 0.2 * math.sqrt(max(direction.shape))
+        parameter.mul_(1.0 - lr * weight_decay)
         parameter.add_(orthogonalize(direction).view_as(parameter), alpha=-lr * scale)
 
     def _vector_step(self, parameter, state, lr, betas, eps, **_):

@@ -212,8 +212,11 @@ class Run:
         with Progress(*columns, console=self.console) as bar:
             task = bar.add_task("first epoch", total=1.0, completed=trainer.progress)
             while trainer.progress < 1.0 and not interrupted.is_set():
+                setbacks = trainer.setbacks
                 row = trainer.train_epoch()
                 self.losses.append(row)
+                if trainer.setbacks > setbacks:
+                    self.console.print(f"epoch {trainer.epoch}: diverged; back to the lowest loss, learning rate halved")
                 left = trainer.seconds * (1.0 / trainer.progress - 1.0)
                 errors = f"mel {row['mel_l1_db']:.2f} dB, linear {row['linear_l1_db']:.2f} dB off"
                 line = f"epoch {trainer.epoch}: {errors}, {left / 60:.1f} min left"
@@ -286,6 +289,7 @@ class Run:
             "epochs": trainer.epoch,
             "training_seconds": trainer.seconds,
             "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
+            "setbacks": trainer.setbacks,
             "backend": trainer.model.backend,
             "precision": trainer.model.precision,
             "vocoder": self.vocoder.name,

@@ -14,11 +14,13 @@ from .optim import Muon
 
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
+DIVERGING = 4.0  # times the lowest loss so far; young losses jump by less
+MAX_SETBACKS = 10  # after each the learning rate is half of what it was
 STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient became NaN or infinite."""
+    """The loss or a gradient became NaN or infinite, and going on from an earlier state did not help."""
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
@@ -57,7 +59,7 @@ RECIPES = {
         log_interval=100,
     ),
     "default": Recipe(
-        learning_rate=1e-2,  # twice this was faster still on two notes, four times diverged
+        learning_rate=1e-2,  # twice this diverged on the violin
         optimizer="muon",
         coordinates=(
             *(("sin", "f", octave) for octave in range(7)),
@@ -183,6 +185,9 @@ class Trainer:
         self.pool = Pool(self.initial_grids, recipe.pool_size) if recipe.pool_size else None
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
+        self.lowest_loss = math.inf
+        self.best = {}  # what had been learned there, see _learned
+        self.setbacks = 0  # how often training diverged and went on from there
 
     @property
     def progress(self):
@@ -191,10 +196,11 @@ class Trainer:
 
     @property
     def learning_rate(self):
+        learning_rate = self.recipe.learning_rate * 0.5**self.setbacks
         if not self.recipe.cosine_decay:
-            return self.recipe.learning_rate
+            return learning_rate
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.progress))
-        return self.recipe.learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
+        return learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
     def _rollout(self):
         """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
@@ -250,21 +256,23 @@ class Trainer:
     def train_epoch(self):
         """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_l1_db", "linear_l1_db"}.
 
-        The losses are those before the step; the last two are mean absolute errors over all cells.
-        Raises TrainingDiverged before a loss or gradient that is not finite reaches the weights.
+        The losses are those before the step; the last two are mean absolute errors over all cells. Where the loss is
+        not finite or far above its lowest value, training first goes back there and halves its learning rate.
+        Raises TrainingDiverged when that has not helped; the weights are finite then too.
         """
         started = time.perf_counter()
+        mel_db, linear_db, loss, gradients, norms = self._differentiate()
+        while not self._is_healthy(loss, norms):
+            if not self.best or self.setbacks == MAX_SETBACKS:
+                raise TrainingDiverged(
+                    f"the loss became {loss:g} (gradient norm {norms.max().item():g}) in epoch {self.epoch + 1}"
+                )
+            self._step_back()
+            mel_db, linear_db, loss, gradients, norms = self._differentiate()
+        if loss < self.lowest_loss:
+            self.lowest_loss = loss
+            self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        mel_db, linear_db = self._rollout()
-        total = self.loss(mel_db, linear_db)
-        self.optimizer.zero_grad()
-        total.backward()
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        if not torch.isfinite(total) or not torch.isfinite(norms).all():
-            raise TrainingDiverged(
-                f"the loss became {total.item():g} (gradient norm {norms.max().item():g}) in epoch {self.epoch + 1}"
-            )
         if self.recipe.normalize_gradients:
             for gradient, norm in zip(gradients, norms, strict=True):
                 gradient.div_(norm + 1e-8)
@@ -275,35 +283,66 @@ class Trainer:
             "epoch": self.epoch,
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
-            "loss": total.item(),
+            "loss": loss,
             "mel_l1_db": (mel_db.detach() - self.target_mel).abs().mean().item(),
             "linear_l1_db": (linear_db.detach() - self.target_linear).abs().mean().item(),
         }
 
-    def state_dict(self):
-        """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened."""
+    def _differentiate(self):
+        """One rollout, forward and back -> (mel_db, linear_db, loss, gradients, their norms)."""
+        mel_db, linear_db = self._rollout()
+        total = self.loss(mel_db, linear_db)
+        self.optimizer.zero_grad()
+        total.backward()
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        return mel_db, linear_db, total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
+
+    def _is_healthy(self, loss, norms):
+        # Losses of a pool's states, some old or damaged, do not compare.
+        limit = math.inf if self.pool else DIVERGING * self.lowest_loss
+        return math.isfinite(loss) and loss <= limit and torch.isfinite(norms).all()
+
+    def _step_back(self):
+        self._load_learned(self.best)
+        if self.pool:
+            self.pool = Pool(self.initial_grids, self.recipe.pool_size)
+        self.setbacks += 1
+
+    def _learned(self):
+        """{name: tensor}: the weights and the optimizer's state."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        tensors["random_state"] = self.generator.get_state()
-        if self.pool:
-            mel, linear = self.pool.grids
-            tensors.update({"pool.mel": mel, "pool.linear": linear, "pool.errors": self.pool.errors})
-        return tensors, {"epoch": self.epoch, "seconds": self.seconds}
+        return tensors
 
-    def load_state_dict(self, tensors, numbers):
+    def _load_learned(self, tensors):
         names = [name for name, _ in self.model.named_parameters()]
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
         state = {index: {} for index in range(len(names))}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, key, parameter = name.split(".", 2)
-                state[names.index(parameter)][key] = tensor
+                state[names.index(parameter)][key] = tensor.clone()  # or its next steps would change ``tensors``
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def state_dict(self):
+        """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened."""
+        tensors = self._learned()
+        tensors.update({f"best.{name}": tensor for name, tensor in self.best.items()})
+        tensors["random_state"] = self.generator.get_state()
+        if self.pool:
+            mel, linear = self.pool.grids
+            tensors.update({"pool.mel": mel, "pool.linear": linear, "pool.errors": self.pool.errors})
+        return tensors, {name: getattr(self, name) for name in ("epoch", "seconds", "lowest_loss", "setbacks")}
+
+    def load_state_dict(self, tensors, numbers):
+        self._load_learned(tensors)
+        self.best = {name[len("best.") :]: tensor for name, tensor in tensors.items() if name.startswith("best.")}
         self.generator.set_state(tensors["random_state"])
         if self.pool:
             for name, tensor in zip(("mel", "linear"), self.pool.grids):
                 tensor.copy_(tensors[f"pool.{name}"])
             self.pool.errors = tensors["pool.errors"]
-        self.epoch, self.seconds = numbers["epoch"], numbers["seconds"]
+        for name in ("epoch", "seconds", "lowest_loss", "setbacks"):
+            setattr(self, name, numbers[name])

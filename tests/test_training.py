@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastnca
 from fastnca.optim import Muon
-from fastnca.training import RECIPES, Budget, Trainer, TrainingDiverged, damage, find_recipe
+from fastnca.training import MAX_SETBACKS, RECIPES, Budget, Trainer, TrainingDiverged, damage, find_recipe
 
 BUDGET = Budget(epochs=10)
 REGENERATE = replace(RECIPES["regenerate"], num_steps=6, least_steps=3)
@@ -66,16 +66,17 @@ def test_normalised_gradients_have_unit_norm(target):
         assert parameter.grad.norm() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_muon_steps_are_orthogonal_and_leave_what_has_no_gradient():
+def test_muon_steps_are_orthogonal_and_weights_decay():
     torch.manual_seed(0)
     matrix, idle, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 5, 1, 1), (3, 4), (6,)))
-    optimizer = Muon([matrix, idle, bias], lr=0.1)
+    idle.data.fill_(1.0)
+    optimizer = Muon([matrix, idle, bias], lr=0.1, weight_decay=0.3)
     matrix.grad, idle.grad, bias.grad = torch.randn(8, 5, 1, 1), torch.zeros(3, 4), torch.tensor([1e-3] * 3 + [5.0] * 3)
     optimizer.step()
     singular = torch.linalg.svdvals(matrix.detach().flatten(1)) / (0.2 * 0.1 * 8**0.5)
     assert (singular > 0.6).all() and (singular < 1.3).all()
     assert (matrix.detach() * matrix.grad).sum() < 0
-    assert not idle.any()
+    torch.testing.assert_close(idle.detach(), torch.full((3, 4), 0.97))
     torch.testing.assert_close(bias.detach(), torch.full((6,), -0.01), rtol=1e-3, atol=0)
 
 
@@ -102,6 +103,32 @@ def test_divergence_stops_before_the_weights(target):
     assert trainer.epoch == 0
     for parameter, kept in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(parameter, kept)
+
+
+def test_divergence_goes_on_from_the_lowest_loss_at_half_the_learning_rate(target):
+    trainer = make_trainer(target)
+    rows = [trainer.train_epoch() for _ in range(3)]
+    assert rows[-1]["loss"] == min(row["loss"] for row in rows) and trainer.setbacks == 0
+    before = trainer.learning_rate
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1e6)
+    row = trainer.train_epoch()
+    assert trainer.setbacks == 1 and row["epoch"] == 4
+    assert row["loss"] == rows[-1]["loss"] and row["learning_rate"] == before / 2
+    assert trainer.train_epoch()["loss"] < row["loss"]
+
+
+def test_divergence_that_comes_back_ends_training(target):
+    trainer = make_trainer(target)
+    lowest = trainer.train_epoch()["loss"]
+    kept = [tensor.clone() for tensor in trainer.best.values()]
+    trainer.loss = lambda mel_db, linear_db: 5.0 * lowest + 0.0 * mel_db.sum()
+    with pytest.raises(TrainingDiverged, match="in epoch 2"):
+        trainer.train_epoch()
+    assert trainer.setbacks == MAX_SETBACKS
+    for tensor, before in zip(trainer._learned().values(), kept, strict=True):
+        assert torch.equal(tensor, before)
 
 
 def test_damage_zeroes_one_block_of_all_channels():
