@@ -216,7 +216,9 @@ class Run:
                 row = trainer.train_epoch()
                 self.losses.append(row)
                 if trainer.setbacks > setbacks:
-                    self.console.print(f"epoch {trainer.epoch}: diverged; back to the lowest loss, learning rate halved")
+                    self.console.print(
+                        f"epoch {trainer.epoch}: diverged; back to the lowest loss, learning rate halved"
+                    )
                 left = trainer.seconds * (1.0 / trainer.progress - 1.0)
                 errors = f"mel {row['mel_l1_db']:.2f} dB, linear {row['linear_l1_db']:.2f} dB off"
                 line = f"epoch {trainer.epoch}: {errors}, {left / 60:.1f} min left"

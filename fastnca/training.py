@@ -42,6 +42,7 @@ class Recipe:
     gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
     num_steps: int = 96
+    judged_steps: tuple = ()  # earlier steps that the loss judges too, so that the sound learns to stay
     pool_size: int = 0  # grown states that training goes on from, see Pool; 0 grows from the seed alone
     batch_size: int = 1  # states of the pool per epoch, one of which is the seed
     damage: bool = False  # to the best state of the batch
@@ -74,6 +75,7 @@ RECIPES = {
         normalize_gradients=True,
         linear_weight=2.0,
         magnitude_weight=20.0,
+        judged_steps=(80,),
     ),
 }
 RECIPES["regenerate"] = replace(
@@ -203,16 +205,20 @@ class Trainer:
         return learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
     def _rollout(self):
-        """One growth as the recipe wants it -> (mel_db [N, n_mels, T], linear_db [N, n_linear, T])."""
+        """One growth as the recipe wants it: [(mel_db [N, n_mels, T], linear_db [N, n_linear, T])], of each judged
+        step and the last."""
         recipe, steps, grids = self.recipe, self.recipe.num_steps, self.initial_grids
         if self.pool:
             steps = torch.randint(recipe.least_steps, steps + 1, (), generator=self.generator).item()
             drawn, grids = self.pool.draw(recipe.batch_size, recipe.damage, self.generator)
-        grids = self.model.rollout(*grids, steps, checkpoint_every=self._checkpoint_every())
-        grown = tuple(decode_db(grid) for grid in grids)
+        grown, done = [], 0
+        for step in (*(step for step in recipe.judged_steps if step < steps), steps):
+            grids = self.model.rollout(*grids, step - done, checkpoint_every=self._checkpoint_every())
+            grown.append(tuple(decode_db(grid) for grid in grids))
+            done = step
         if self.pool:
             targets = (self.target_mel, self.target_linear)
-            errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown, targets)]
+            errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown[-1], targets)]
             self.pool.put(drawn, grids, sum(errors))
         return grown
 
@@ -289,13 +295,13 @@ class Trainer:
         }
 
     def _differentiate(self):
-        """One rollout, forward and back -> (mel_db, linear_db, loss, gradients, their norms)."""
-        mel_db, linear_db = self._rollout()
-        total = self.loss(mel_db, linear_db)
+        """One rollout, forward and back -> (mel_db and linear_db of its end, loss, gradients, their norms)."""
+        grown = self._rollout()
+        total = sum(self.loss(*pair) for pair in grown) / len(grown)
         self.optimizer.zero_grad()
         total.backward()
         gradients = [parameter.grad for parameter in self.model.parameters()]
-        return mel_db, linear_db, total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
+        return *grown[-1], total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
 
     def _is_healthy(self, loss, norms):
         # Losses of a pool's states, some old or damaged, do not compare.

@@ -93,6 +93,18 @@ def test_learning_rate_decays_over_the_budget(target):
     assert notebook.learning_rate == 2e-4
 
 
+def test_the_loss_is_the_mean_over_the_judged_steps(target):
+    recipe = replace(RECIPES["default"], num_steps=7, judged_steps=(3, 5, 9))
+    trainer = make_trainer(target, recipe)
+    trainer.train_epoch()  # as new, the last layer is zero and all grids are alike
+    losses = [trainer.loss(*(grid[None] for grid in trainer.model.grow(target[0].shape[1], n))) for n in (3, 5, 7)]
+    row = trainer.train_epoch()
+    assert losses[0] != losses[1] != losses[2]
+    assert row["loss"] == pytest.approx(sum(losses).item() / 3, rel=1e-6)
+    mel_db, _ = trainer.model.grow(target[0].shape[1], 7)
+    assert trainer.train_epoch()["mel_l1_db"] == pytest.approx((mel_db - target[0]).abs().mean().item(), rel=1e-6)
+
+
 def test_divergence_stops_before_the_weights(target):
     trainer = make_trainer(target)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
