@@ -4,8 +4,10 @@ A sound is a recording or the name of a built-in one: bowed, percussion, chord, 
 with changed fields after it where wanted: ``default,linear_weight=3,num_steps=64``. Every run is a ``fastnca grow`` in
 a folder of its own, so that a comparison that was interrupted goes on where it stopped, and finished runs are kept.
 
-Written to DIR: ``recipes.csv``, a row for each run with all of metrics.json and the rungs below, and ``recipes.md``,
-medians over sounds and seeds. The rungs tell where the error comes from, by the metrics of the wav:
+Written to DIR: ``recipes.csv``, a row for each run with all of metrics.json and what stands below; ``recipes.md``,
+medians over sounds and seeds, and ratios to the recipe of the notebook; SOUND_SEED.png, the target and what each recipe
+grew. ``mel_l1_db@192`` and so on are of a grid that has grown on for so many steps. The rungs tell where the error
+comes from, by the metrics of the wav:
 
 - ceiling: the target's own two grids, decoded
 - grown: both grown grids, decoded as ``generated.wav`` is
@@ -25,11 +27,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastnca import audio, metrics, training, vocoder
+from fastnca import audio, decode_db, load_model, metrics, plotting, training, vocoder
 from fastnca.files import atomic_write
-from fastnca.model import load_model
-from fastnca.run import Run
+from fastnca.run import MODEL_FILE, Run
 
+from .cpu import machine
+
+BASELINE = "notebook"
+AGES = (192, 384, 1000)
 WAV_METRICS = ("spectral_convergence_db", "log_spectral_distance_db", "multi_resolution_stft", "loudness_error_db")
 TABLE = (
     "epochs",
@@ -40,7 +45,9 @@ TABLE = (
     "linear_l1_db_active",
     *WAV_METRICS,
     "seconds_to_mel_3_db",
+    *(f"mel_l1_db@{age}" for age in AGES),
 )
+RATIOS = ("mel_l1_db", "linear_l1_db", "log_spectral_distance_db", "multi_resolution_stft")
 
 
 def percussion(seconds):
@@ -147,6 +154,11 @@ def rungs(target, grown, samples):
 
 def grow(samples, folder, recipe, seed, epochs, minutes):
     """The metrics of one run, finished now or before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / "machine.json"
+    if not about.exists():
+        facts = machine()
+        about.write_text(json.dumps({name: facts[name] for name in ("machine", "capability", "commit", "date")}))
     training.RECIPES[recipe] = find_recipe(recipe)
     resume = (folder / "checkpoint.safetensors").exists()
     options = {"epochs": epochs, "minutes": minutes, "seed": seed, "vocoder_choice": "griffinlim", "resume": resume}
@@ -156,13 +168,37 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
     if interrupted:
         raise KeyboardInterrupt
     below = (float(row["seconds"]) for row in run.losses if float(row["mel_l1_db"]) < 3.0)
-    result["seconds_to_mel_3_db"] = next(below, None)
-    model, _ = load_model(folder / "model.safetensors", backend=run.backend)
-    grids = model.to(run.trainer.target_mel.device).grow(run.target.n_frames, run.recipe.num_steps)
-    grown = dataclasses.replace(run.target, mel_db=grids[0], linear_db=grids[1])
+    result = {**json.loads(about.read_text()), **result, "seconds_to_mel_3_db": next(below, None)}
+    model, _ = load_model(folder / MODEL_FILE, backend=run.backend)
+    model.to(run.trainer.target_mel.device)
+    grids, age = model.seed(run.target.n_frames), 0
+    with torch.no_grad():
+        for steps in (run.recipe.num_steps, *AGES):
+            grids, age = model.rollout(*grids, steps - age), steps
+            mel_db, linear_db = (decode_db(grid)[0].cpu() for grid in grids)
+            if steps == run.recipe.num_steps:
+                grown = dataclasses.replace(run.target, mel_db=mel_db, linear_db=linear_db)
+            else:
+                result[f"mel_l1_db@{steps}"] = metrics.grid_metrics(mel_db, linear_db, run.target)["mel_l1_db"]
     for rung, values in rungs(run.target, grown, samples).items():
         result.update({f"{rung}/{name}": value for name, value in values.items()})
     return result
+
+
+def picture(path, samples, folders):
+    """Write a PNG of the target and, below it, of what was grown in each of ``folders`` ({title: folder})."""
+    rows = []
+    for title, folder in folders.items():
+        model, sound = load_model(folder / MODEL_FILE)
+        config = audio.SpectrogramConfig(**sound["spectrogram"])
+        if not rows:
+            target = audio.analyze(samples, config)
+            rows.append(("target", target.mel_db, target.linear_db))
+        rows.append((f"{title}, epoch {sound['epochs']}", *model.grow(target.n_frames, sound["num_steps"])))
+    plotting.save_picture(path, rows, config)
+
+
+KEY = ("recipe", "sound", "seed", "epoch_budget", "minute_budget", "duration")
 
 
 def write(out, rows):
@@ -185,7 +221,7 @@ def median(rows, name):
 
 
 def summary(rows):
-    """Markdown: each recipe's medians over all sounds and seeds, then every run, then the rungs."""
+    """Markdown: medians over all sounds and seeds, ratios to the notebook's, medians of each sound, the rungs."""
 
     def table(head, body):
         lines = [head, ["---"] * len(head), *body]
@@ -193,11 +229,26 @@ def summary(rows):
 
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     of = {recipe: [row for row in rows if row["recipe"] == recipe] for recipe in recipes}
+    runs = {tuple(row[name] for name in KEY): row for row in rows}
+    ratios = {recipe: [] for recipe in recipes}
+    for row in rows:
+        baseline = runs.get(tuple(BASELINE if name == "recipe" else row[name] for name in KEY))
+        if baseline and row is not baseline:
+            ratios[row["recipe"]].append({name: row[name] / baseline[name] for name in RATIOS})
     parts = [
         "Medians over sounds and seeds\n",
         table(
             ["recipe", "runs", *TABLE],
             [[f"`{r}`", str(len(of[r])), *(median(of[r], name) for name in TABLE)] for r in recipes],
+        ),
+        f"Ratios to `{BASELINE}` with the same sound, seed and budget: medians, and the worst\n",
+        table(
+            ["recipe", "pairs", *RATIOS],
+            [
+                [f"`{r}`", str(len(pairs)), *(f"{median(pairs, n)} ({max(p[n] for p in pairs):.3g})" for n in RATIOS)]
+                for r, pairs in ratios.items()
+                if pairs
+            ],
         ),
         "Medians over seeds\n",
         table(
@@ -244,15 +295,18 @@ def main(arguments=None):
     budget = {"epoch_budget": options.epochs, "minute_budget": options.minutes, "duration": options.duration}
     for seed in options.seeds:
         for name, samples in sounds:
+            folders = {}
             for recipe in options.recipes:
                 key = {"recipe": recipe, "sound": name, "seed": seed, **budget}
+                folder = options.out / "runs" / "_".join(str(value) for value in key.values() if value is not None)
+                folders[recipe] = folder
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                folder = "_".join(str(value) for value in key.values() if value is not None)
                 print(f"{recipe}, {name}, seed {seed}", file=sys.stderr)
-                result = grow(samples, options.out / "runs" / folder, recipe, seed, options.epochs, options.minutes)
+                result = grow(samples, folder, recipe, seed, options.epochs, options.minutes)
                 rows.append({**key, **{k: v for k, v in result.items() if k not in key}})
                 write(options.out, rows)
+            picture(options.out / f"{name}_{seed}.png", samples, folders)
     print(summary(rows))
 
 

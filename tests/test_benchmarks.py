@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import cpu, curves, implementations, workers
+from benchmarks import cpu, curves, implementations, recipes, workers
+from fastnca import training
 
 pytestmark = pytest.mark.skipif(
     implementations.why_not("cpu-fp32") is not None, reason="fastnca was installed without its extension"
@@ -95,3 +96,29 @@ def test_curves_are_told_apart():
     result = curves.compare(worse, expected)
     assert result["epochs_within_1_percent"] == 40
     assert abs(result["final_loss_ratio"] - 1.1) < 1e-6 and abs(result["max_deviation"] - 0.1) < 0.01
+
+
+def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch, capsys):
+    for name, recipe in training.RECIPES.items():
+        monkeypatch.setitem(training.RECIPES, name, replace(recipe, num_steps=4, judged_steps=(), learning_rate=1e-4))
+    monkeypatch.setattr(recipes, "AGES", (6,))
+    chosen = ["default", "default,linear_weight=0", "notebook"]
+    arguments = ["voice", "--duration", "0.1", "--epochs", "1", "-o", str(tmp_path), "--recipes", *chosen]
+    recipes.main(arguments)
+    first = (tmp_path / "recipes.csv").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(recipes, "grow", None)
+        recipes.main(arguments)
+    assert (tmp_path / "recipes.csv").read_text() == first
+    rows = json.loads((tmp_path / "recipes.json").read_text())
+    assert [row["recipe"] for row in rows] == chosen
+    assert all(row["epochs"] == 1 and "mel_l1_db@6" in row and row["commit"] for row in rows)
+    assert rows[0]["ceiling/spectral_convergence_db"] < rows[0]["grown/spectral_convergence_db"]
+    ratio = rows[0]["mel_l1_db"] / rows[2]["mel_l1_db"]
+    assert f"| `default` | 1 | {ratio:.3g} ({ratio:.3g}) |" in (tmp_path / "recipes.md").read_text()
+    assert (tmp_path / "voice_0.png").stat().st_size > 1000
+
+
+def test_a_recipe_field_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="no field 'learning'"):
+        recipes.find_recipe("default,learning=1")
