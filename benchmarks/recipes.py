@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -117,15 +118,18 @@ def load(sound, seconds):
 
 
 def find_recipe(text):
-    """The Recipe that ``name[,field=value...]`` stands for; values are Python literals or JSON."""
-    name, *changes = text.split(",")
+    """The Recipe that ``name[,field=value...]`` stands for; values are JSON."""
+    name, *changes = re.split(r",(?=\w+=)", text)
     recipe = training.find_recipe(name)
     fields = {}
     for change in changes:
         field, _, value = change.partition("=")
         if field not in {known.name for known in dataclasses.fields(recipe)}:
             raise ValueError(f"a recipe has no field {field!r} (in {text!r})")
-        fields[field] = json.loads(value)
+        try:
+            fields[field] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{value} is not JSON (in {text!r})") from error
     return dataclasses.replace(recipe, **fields)
 
 
@@ -164,7 +168,10 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
     options = {"epochs": epochs, "minutes": minutes, "seed": seed, "vocoder_choice": "griffinlim", "resume": resume}
     run = Run(samples, folder, recipe=recipe, console=Console(stderr=True), **options)
     run.open_folder()
-    result, interrupted = run.grow()
+    try:
+        result, interrupted = run.grow()
+    except training.TrainingDiverged as error:
+        return {**json.loads(about.read_text()), "diverged": str(error)}
     if interrupted:
         raise KeyboardInterrupt
     below = (float(row["seconds"]) for row in run.losses if float(row["mel_l1_db"]) < 3.0)
@@ -173,7 +180,7 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
     model.to(run.trainer.target_mel.device)
     grids, age = model.seed(run.target.n_frames), 0
     with torch.no_grad():
-        for steps in (run.recipe.num_steps, *AGES):
+        for steps in (run.recipe.num_steps, *(age for age in AGES if age > run.recipe.num_steps)):
             grids, age = model.rollout(*grids, steps - age), steps
             mel_db, linear_db = (decode_db(grid)[0].cpu() for grid in grids)
             if steps == run.recipe.num_steps:
@@ -233,13 +240,21 @@ def summary(rows):
     ratios = {recipe: [] for recipe in recipes}
     for row in rows:
         baseline = runs.get(tuple(BASELINE if name == "recipe" else row[name] for name in KEY))
-        if baseline and row is not baseline:
+        if baseline and row is not baseline and "diverged" not in baseline | row:
             ratios[row["recipe"]].append({name: row[name] / baseline[name] for name in RATIOS})
     parts = [
         "Medians over sounds and seeds\n",
         table(
-            ["recipe", "runs", *TABLE],
-            [[f"`{r}`", str(len(of[r])), *(median(of[r], name) for name in TABLE)] for r in recipes],
+            ["recipe", "runs", "diverged", *TABLE],
+            [
+                [
+                    f"`{r}`",
+                    str(len(of[r])),
+                    str(sum("diverged" in row for row in of[r])),
+                    *(median(of[r], name) for name in TABLE),
+                ]
+                for r in recipes
+            ],
         ),
         f"Ratios to `{BASELINE}` with the same sound, seed and budget: medians, and the worst\n",
         table(
@@ -286,6 +301,8 @@ def main(arguments=None):
     if options.epochs is None and options.minutes is None:
         parser.error("give --epochs or --minutes")
     sounds = [load(sound, options.duration) for sound in options.sounds]
+    if len({name for name, _ in sounds}) < len(sounds):
+        parser.error("two sounds have the same name")
     for recipe in options.recipes:
         find_recipe(recipe)
 
@@ -306,6 +323,7 @@ def main(arguments=None):
                 result = grow(samples, folder, recipe, seed, options.epochs, options.minutes)
                 rows.append({**key, **{k: v for k, v in result.items() if k not in key}})
                 write(options.out, rows)
+            folders = {recipe: folder for recipe, folder in folders.items() if (folder / MODEL_FILE).exists()}
             picture(options.out / f"{name}_{seed}.png", samples, folders)
     print(summary(rows))
 

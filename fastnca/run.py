@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from . import __version__, audio, backends, metrics, plotting, vocoder
 from .files import atomic_write
 from .model import decode_db, frame_times, load_model, read_safetensors, save_model, write_safetensors
-from .training import Budget, Trainer, find_recipe
+from .training import Budget, Trainer, TrainingDiverged, find_recipe
 
-CHECKPOINT_FORMAT = "fastnca-checkpoint-1"
+CHECKPOINT_FORMAT = "fastnca-checkpoint-2"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 MODEL_FILE = "model.safetensors"
 LOSSES_FILE = "losses.csv"
@@ -99,7 +99,7 @@ class Run:
             "duration": duration,
             "seed": seed,
             "vocoder": vocoder_choice,
-            "bigvgan": bigvgan,
+            "bigvgan": os.path.abspath(bigvgan) if bigvgan and os.path.isdir(bigvgan) else bigvgan,
             "backend": backend,
             "precision": precision,
         }
@@ -119,6 +119,12 @@ class Run:
         self.settings.update(epochs=epochs, minutes=minutes)
 
         self.recipe = find_recipe(self.settings["recipe"])
+        self.recipe_fields = json.loads(json.dumps(asdict(self.recipe)))  # as a checkpoint holds them
+        if stored and checkpoint[1]["recipe"] != self.recipe_fields:
+            raise ValueError(
+                f"the run in {self.out} was started when recipe {self.settings['recipe']} was another; go on with the "
+                "fastnca that started it, or start over with --force"
+            )
         device = "cpu" if self.settings["backend"] == "cpu" or not torch.cuda.is_available() else "cuda"
         self.backend = backends.choose_backend(self.settings["backend"], device=device)
         self.precision = self.settings["precision"]
@@ -129,7 +135,7 @@ class Run:
             self.samples, info = audio.load_audio(source, self.settings["duration"])
             self.console.print(str(info), highlight=False, soft_wrap=True)
         else:
-            self.samples = source
+            self.samples = audio.as_samples(source, minimum=2 * audio.N_FFT)
         self.vocoder = vocoder.resolve_vocoder(self.settings["vocoder"], self.settings["bigvgan"])
         self.target = audio.analyze(self.samples, self.vocoder.config)
         self.fingerprint = hashlib.sha256(
@@ -156,9 +162,16 @@ class Run:
         existing = [name for name in RUN_FILES if (self.out / name).exists()]
         if resume:
             if CHECKPOINT_FILE not in existing:
-                raise FileNotFoundError(f"nothing to resume in {self.out}: it holds no {CHECKPOINT_FILE}")
+                raise FileNotFoundError(
+                    f"nothing to resume in {self.out}: it holds no {CHECKPOINT_FILE}; start without --resume"
+                )
             tensors, metadata = read_safetensors(self.out / CHECKPOINT_FILE, CHECKPOINT_FORMAT)
             return tensors, metadata
+        if existing and CHECKPOINT_FILE not in existing:
+            raise FileExistsError(
+                f"{self.out} holds {', '.join(existing[:3])} but no run; remove what a run would overwrite, or choose "
+                "another folder with -o"
+            )
         if existing and not force:
             raise FileExistsError(
                 f"{self.out} already holds a run ({', '.join(existing[:3])}, ...); go on with it by --resume, "
@@ -179,12 +192,19 @@ class Run:
     def grow(self):
         """Train to the end of the budget and write all files -> (metrics, whether Ctrl-C ended it early).
 
-        Raises TrainingDiverged, or OSError where a file cannot be written; the last checkpoint stays whole.
+        Raises TrainingDiverged, after writing what had been learned, or OSError where a file cannot be written; the
+        last checkpoint stays whole.
         """
         if self.vocoder.hint:
             self.console.print(self.vocoder.hint, highlight=False, soft_wrap=True)
         with _stop_on_interrupt() as interrupted:
-            self._train(interrupted)
+            try:
+                self._train(interrupted)
+            except TrainingDiverged:
+                if self.trainer.epoch:
+                    self._save_model()
+                    self._write_results()
+                raise
         if interrupted.is_set():
             self.console.print(f"stopped after epoch {self.trainer.epoch}; writing what has grown so far")
         return self._write_results(), interrupted.is_set()
@@ -194,16 +214,16 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if self.trainer.epoch == 0:
-                for name in RUN_FILES:
+                for name in reversed(RUN_FILES):  # the checkpoint last: until then it is a run
                     path = self.out / name
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             (self.out / "progress").mkdir(exist_ok=True)
+            self._save()  # first: what holds no checkpoint is not taken for a run
             audio.write_wav(self.out / "target.wav", self.samples)
         except OSError as error:
             raise OSError(f"cannot write to the output folder {self.out}: {error.strerror or error}") from error
         target = ("target", self.target.mel_db, self.target.linear_db)
         plotting.save_picture(self.out / "target.png", [target], self.target.config)
-        self._save()
 
     def _train(self, interrupted):
         trainer = self.trainer
@@ -219,7 +239,7 @@ class Run:
                     self.console.print(
                         f"epoch {trainer.epoch}: diverged; back to the lowest loss, learning rate halved"
                     )
-                left = trainer.seconds * (1.0 / trainer.progress - 1.0)
+                left = max(0.0, trainer.seconds * (1.0 / trainer.progress - 1.0))
                 errors = f"mel {row['mel_l1_db']:.2f} dB, linear {row['linear_l1_db']:.2f} dB off"
                 line = f"epoch {trainer.epoch}: {errors}, {left / 60:.1f} min left"
                 bar.update(task, completed=trainer.progress, description=line)
@@ -260,6 +280,12 @@ class Run:
             rows.writerows(self.losses)
         with atomic_write(self.out / LOSSES_FILE) as file:
             file.write(text.getvalue().encode())
+        self._save_model()
+        tensors, state = self.trainer.state_dict()
+        state.update(settings=self.settings, recipe=self.recipe_fields, fingerprint=self.fingerprint)
+        write_safetensors(self.out / CHECKPOINT_FILE, tensors, CHECKPOINT_FORMAT, state)
+
+    def _save_model(self):
         sound = {
             "spectrogram": asdict(self.target.config),
             "mel_ref_db": self.target.mel_ref_db,
@@ -272,9 +298,6 @@ class Run:
             "epochs": self.trainer.epoch,
         }
         save_model(self.out / MODEL_FILE, self.trainer.model, sound)
-        tensors, state = self.trainer.state_dict()
-        state.update(settings=self.settings, fingerprint=self.fingerprint)
-        write_safetensors(self.out / CHECKPOINT_FILE, tensors, CHECKPOINT_FORMAT, state)
 
     def _write_results(self):
         trainer, target = self.trainer, self.target

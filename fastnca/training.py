@@ -20,7 +20,7 @@ STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replayi
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient became NaN or infinite, and going on from an earlier state did not help."""
+    """The loss exploded, and going on from its lowest value did not help; the trainer is back there."""
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
@@ -35,7 +35,7 @@ class Recipe:
     coordinates: tuple = ()  # of the initial grids, see DualSpecTNCA
     stencil_gain: float = 1.0  # on the initial weights that see the stencils, whose output is larger than the state
     cosine_decay: bool = False  # of the learning rate over the whole budget
-    normalize_gradients: bool = False  # each parameter's gradient to unit norm before Adam
+    normalize_gradients: bool = False  # each parameter's gradient to unit norm
     active_cells_only: bool = False  # only where the target is above ACTIVE_DB, as the notebook
     mel_weight: float = 1.0  # of the mean absolute error of the mel grid
     linear_weight: float = 1.0  # the same of the linear grid
@@ -48,6 +48,15 @@ class Recipe:
     damage: bool = False  # to the best state of the batch
     least_steps: int = 96  # with the pool an epoch runs a random number of steps, least_steps..num_steps
     log_interval: int = 25  # epochs between progress pictures
+
+    def __post_init__(self):
+        if list(self.judged_steps) != sorted(set(self.judged_steps)) or min(self.judged_steps, default=1) < 1:
+            raise ValueError(f"judged_steps must ascend from 1 or more, got {self.judged_steps!r}")
+        if self.pool_size and not 2 <= self.batch_size <= self.pool_size:
+            raise ValueError(
+                f"batch_size must be at least 2, a seed and a state of the pool, and at most pool_size = "
+                f"{self.pool_size}, got {self.batch_size}"
+            )
 
 
 RECIPES = {
@@ -79,7 +88,14 @@ RECIPES = {
     ),
 }
 RECIPES["regenerate"] = replace(
-    RECIPES["default"], optimizer="adam", learning_rate=2e-3, least_steps=64, pool_size=4, batch_size=2, damage=True
+    RECIPES["default"],
+    optimizer="adam",
+    learning_rate=2e-3,
+    judged_steps=(),
+    least_steps=64,
+    pool_size=4,
+    batch_size=2,
+    damage=True,
 )
 
 
@@ -263,19 +279,15 @@ class Trainer:
         """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_l1_db", "linear_l1_db"}.
 
         The losses are those before the step; the last two are mean absolute errors over all cells. Where the loss is
-        not finite or far above its lowest value, training first goes back there and halves its learning rate.
-        Raises TrainingDiverged when that has not helped; the weights are finite then too.
+        not finite or has become a multiple of its lowest value, training goes on from there at half the learning rate.
+        Raises TrainingDiverged when that has not helped; with a pool, whose losses do not compare, at once.
         """
         started = time.perf_counter()
         mel_db, linear_db, loss, gradients, norms = self._differentiate()
-        while not self._is_healthy(loss, norms):
-            if not self.best or self.setbacks == MAX_SETBACKS:
-                raise TrainingDiverged(
-                    f"the loss became {loss:g} (gradient norm {norms.max().item():g}) in epoch {self.epoch + 1}"
-                )
-            self._step_back()
+        while not (math.isfinite(loss) and loss <= DIVERGING * self.lowest_loss and torch.isfinite(norms).all()):
+            self._step_back(f"the loss became {loss:g} (gradient norm {norms.max().item():g})")
             mel_db, linear_db, loss, gradients, norms = self._differentiate()
-        if loss < self.lowest_loss:
+        if not self.pool and loss < self.lowest_loss:
             self.lowest_loss = loss
             self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
@@ -303,15 +315,12 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.model.parameters()]
         return *grown[-1], total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
 
-    def _is_healthy(self, loss, norms):
-        # Losses of a pool's states, some old or damaged, do not compare.
-        limit = math.inf if self.pool else DIVERGING * self.lowest_loss
-        return math.isfinite(loss) and loss <= limit and torch.isfinite(norms).all()
-
-    def _step_back(self):
-        self._load_learned(self.best)
-        if self.pool:
-            self.pool = Pool(self.initial_grids, self.recipe.pool_size)
+    def _step_back(self, reason):
+        if self.best:
+            self._load_learned(self.best)
+        if not self.best or self.setbacks == MAX_SETBACKS:
+            again = f", as {self.setbacks} times before; try another seed" if self.setbacks else ""
+            raise TrainingDiverged(f"{reason} in epoch {self.epoch + 1}{again}")
         self.setbacks += 1
 
     def _learned(self):

@@ -119,6 +119,18 @@ def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch, caps
     assert (tmp_path / "voice_0.png").stat().st_size > 1000
 
 
-def test_a_recipe_field_that_does_not_exist_is_named():
+def test_a_recipe_that_diverges_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.Trainer, "loss", lambda self, mel_db, linear_db: float("nan") * mel_db.sum())
+    recipes.main(["voice", "--duration", "0.1", "--epochs", "1", "-o", str(tmp_path), "--recipes", "notebook"])
+    (row,) = json.loads((tmp_path / "recipes.json").read_text())
+    assert "the loss became nan" in row["diverged"]
+    assert "| `notebook` | 1 | 1 |" in (tmp_path / "recipes.md").read_text()
+
+
+def test_changed_recipes_are_read():
+    changed = recipes.find_recipe('default,judged_steps=[48,80],optimizer="adam",linear_weight=3')
+    assert changed.judged_steps == [48, 80] and changed.optimizer == "adam" and changed.linear_weight == 3
     with pytest.raises(ValueError, match="no field 'learning'"):
         recipes.find_recipe("default,learning=1")
+    with pytest.raises(ValueError, match="adam is not JSON"):
+        recipes.find_recipe("default,optimizer=adam")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastnca
-from fastnca import audio, backends, plotting
+from fastnca import audio, backends, plotting, training
 from fastnca.cli import app
 from fastnca.model import frame_times, read_safetensors
 from fastnca.run import CHECKPOINT_FORMAT
@@ -270,6 +271,21 @@ class TestBadInput:
         self.rejected(grow(note, run, "--epochs", 1), "already holds a run")
         assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
+    @pytest.mark.parametrize("options", [(), ("--force",), ("--resume",)], ids=["plain", "force", "resume"])
+    def test_folder_that_holds_files_of_another_kind(self, note, tmp_path, options):
+        (tmp_path / "progress").mkdir()
+        (tmp_path / "progress" / "thesis.txt").write_text("mine")
+        (tmp_path / "target.wav").write_text("mine")
+        words = "nothing to resume" if "--resume" in options else "holds target.wav, progress but no run"
+        self.rejected(grow(note, tmp_path, "--epochs", 1, *options), words)
+        assert (tmp_path / "progress" / "thesis.txt").exists() and (tmp_path / "target.wav").read_text() == "mine"
+
+    def test_resume_after_the_recipe_changed(self, finished, monkeypatch):
+        note, run = finished
+        changed = replace(training.RECIPES["default"], linear_weight=9.0)
+        monkeypatch.setitem(training.RECIPES, "default", changed)
+        self.rejected(grow(note, run, "--resume"), "when recipe default was another")
+
     def test_resume_on_another_sound_or_setting(self, finished, tmp_path):
         note, run = finished
         other = tmp_path / "other.wav"
@@ -394,6 +410,30 @@ class TestGoingOn:
         monkeypatch.undo()
         assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
         assert_same_run(tmp_path, uninterrupted)
+
+    def test_a_setback_is_told_and_outlives_a_kill(self, finished, tmp_path, monkeypatch, whole=("--epochs", 6)):
+        real_loss = Trainer.loss
+
+        def explodes_once(self, *grids):
+            return real_loss(self, *grids) * (float("nan") if self.epoch == 2 and not self.setbacks else 1.0)
+
+        monkeypatch.setattr(Trainer, "loss", explodes_once)
+        result = grow(finished[0], tmp_path / "whole", *whole)
+        assert result.exit_code == 0 and "epoch 3: diverged; back to the lowest loss" in result.stderr
+        assert grow(finished[0], tmp_path / "parts", "--epochs", 3).exit_code == 0
+        assert grow(finished[0], tmp_path / "parts", "--resume", *whole).exit_code == 0
+        for name in ("whole", "parts"):
+            assert json.loads((tmp_path / name / "metrics.json").read_text())["setbacks"] == 1
+        rates = [float(row["learning_rate"]) for row in read_losses(tmp_path / "whole")]
+        assert rates[2] < 0.55 * rates[1]
+
+    def test_training_that_diverges_for_good_leaves_its_best(self, finished, tmp_path, monkeypatch):
+        real_loss = Trainer.loss
+        monkeypatch.setattr(Trainer, "loss", lambda self, *grids: real_loss(self, *grids) * 10.0**self.epoch)
+        result = grow(finished[0], tmp_path, "--epochs", 12)
+        assert result.exit_code == 1 and "in epoch 2, as 10 times before; try another seed" in result.stderr
+        assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
+        assert fastnca_cli("generate", tmp_path, "-o", tmp_path / "usable.wav").exit_code == 0
 
     def test_nan_keeps_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch):
         real_loss = Trainer.loss

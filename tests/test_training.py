@@ -122,25 +122,48 @@ def test_divergence_goes_on_from_the_lowest_loss_at_half_the_learning_rate(targe
     rows = [trainer.train_epoch() for _ in range(3)]
     assert rows[-1]["loss"] == min(row["loss"] for row in rows) and trainer.setbacks == 0
     before = trainer.learning_rate
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.mul_(1e6)
+    diverge(trainer)
     row = trainer.train_epoch()
     assert trainer.setbacks == 1 and row["epoch"] == 4
     assert row["loss"] == rows[-1]["loss"] and row["learning_rate"] == before / 2
     assert trainer.train_epoch()["loss"] < row["loss"]
 
 
-def test_divergence_that_comes_back_ends_training(target):
+def test_divergence_that_comes_back_ends_training_at_the_lowest_loss(target):
     trainer = make_trainer(target)
-    lowest = trainer.train_epoch()["loss"]
-    kept = [tensor.clone() for tensor in trainer.best.values()]
-    trainer.loss = lambda mel_db, linear_db: 5.0 * lowest + 0.0 * mel_db.sum()
-    with pytest.raises(TrainingDiverged, match="in epoch 2"):
+    trainer.train_epoch()
+    for setback in range(1, MAX_SETBACKS + 1):
+        diverge(trainer)
         trainer.train_epoch()
-    assert trainer.setbacks == MAX_SETBACKS
-    for tensor, before in zip(trainer._learned().values(), kept, strict=True):
-        assert torch.equal(tensor, before)
+        assert trainer.setbacks == setback
+    kept = {name: tensor.clone() for name, tensor in trainer.best.items()}
+    diverge(trainer)
+    with pytest.raises(TrainingDiverged, match=f"in epoch {MAX_SETBACKS + 2}, as 10 times before; try another seed"):
+        trainer.train_epoch()
+    for name, tensor in trainer._learned().items():
+        assert torch.equal(tensor, kept[name])
+
+
+def test_a_pool_does_not_go_back(target):
+    trainer = make_trainer(target, REGENERATE)
+    trainer.train_epoch()
+    diverge(trainer)
+    with pytest.raises(TrainingDiverged, match="in epoch 2$"):
+        trainer.train_epoch()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"judged_steps": (48, 32)}, r"judged_steps must ascend from 1 or more, got \(48, 32\)"),
+        ({"judged_steps": (0, 32)}, "judged_steps must ascend"),
+        ({"pool_size": 4, "batch_size": 1}, "batch_size must be at least 2"),
+        ({"pool_size": 4, "batch_size": 5}, "at most pool_size = 4, got 5"),
+    ],
+)
+def test_wrong_recipes(fields, words):
+    with pytest.raises(ValueError, match=words):
+        replace(RECIPES["default"], **fields)
 
 
 def test_damage_zeroes_one_block_of_all_channels():
@@ -211,11 +234,37 @@ def test_state_goes_on_bit_for_bit(target, epochs_before, recipe):
     for _ in range(epochs_before):
         first.train_epoch()
     second.load_state_dict(*first.state_dict())
-    resumed = [second.train_epoch() for _ in range(2)]
-    for row, expected in zip(resumed, rows[-2:], strict=True):
-        assert {**row, "seconds": 0} == {**expected, "seconds": 0}
-    for one, other in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+    assert_goes_on(second, whole, rows[-2:])
+
+
+def assert_goes_on(resumed, whole, rows):
+    for row in rows:
+        assert {**resumed.train_epoch(), "seconds": 0} == {**row, "seconds": 0}
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def diverge(trainer):
+    with torch.no_grad():
+        trainer.model.update_mlp[0].weight.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("saved_after", [2, 3])
+def test_state_goes_on_bit_for_bit_over_a_setback(target, saved_after):
+    whole, first, second = (make_trainer(target, seed=seed) for seed in (0, 0, 1))
+    rows = []
+    for trainer, epochs in ((whole, 5), (first, saved_after)):
+        for epoch in range(epochs):
+            if epoch == 2:
+                diverge(trainer)
+            row = trainer.train_epoch()
+            if trainer is whole:
+                rows.append(row)
+    second.load_state_dict(*first.state_dict())
+    if saved_after == 2:
+        diverge(second)
+    assert_goes_on(second, whole, rows[saved_after:])
+    assert second.setbacks == 1 and second.lowest_loss == whole.lowest_loss
 
 
 @pytest.mark.parametrize(
