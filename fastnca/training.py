@@ -39,6 +39,7 @@ class Recipe:
     active_cells_only: bool = False  # only where the target is above ACTIVE_DB, as the notebook
     mel_weight: float = 1.0  # of the mean absolute error of the mel grid
     linear_weight: float = 1.0  # the same of the linear grid
+    active_weight: float = 0.0  # in both, of the mean absolute error of the cells above ACTIVE_DB, however few they are
     gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
     num_steps: int = 96
@@ -83,6 +84,7 @@ RECIPES = {
         cosine_decay=True,
         normalize_gradients=True,
         linear_weight=2.0,
+        active_weight=1.0,  # or a sound that is mostly silence is learned as silence
         magnitude_weight=20.0,
         judged_steps=(80,),
     ),
@@ -91,6 +93,7 @@ RECIPES["regenerate"] = replace(
     RECIPES["default"],
     optimizer="adam",
     learning_rate=2e-3,
+    active_weight=0.0,
     judged_steps=(),
     least_steps=64,
     pool_size=4,
@@ -268,6 +271,10 @@ class Trainer:
         target = target.expand_as(grown)
         mask = self._mask(target)
         loss = F.l1_loss(grown * mask, target * mask)
+        if self.recipe.active_weight:
+            active = (target > ACTIVE_DB).to(target.dtype)
+            distance = F.l1_loss(grown * active, target * active, reduction="sum")
+            loss = loss + self.recipe.active_weight * distance / active.sum().clamp(min=1.0)
         if self.recipe.magnitude_weight:
             loss = loss + self.recipe.magnitude_weight * F.l1_loss(10.0 ** (grown / 40.0), 10.0 ** (target / 40.0))
         return loss

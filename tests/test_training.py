@@ -39,6 +39,19 @@ def test_default_recipe_judges_quiet_cells_too(target):
     assert trainer.loss(*louder) > trainer.loss(*silent) == 0.0
 
 
+def test_a_few_active_cells_weigh_as_much_as_all(target):
+    trainer = make_trainer(target, replace(RECIPES["default"], active_weight=1.0, magnitude_weight=0.0))
+    trainer.target_mel = torch.full_like(trainer.target_mel, -80.0)
+    trainer.target_mel[0, 3, :2] = -20.0
+    grown = trainer.target_mel.clone()
+    grown[0, 3, 0] -= 8.0
+    grown[0, 5] += 1.0
+    all_cells = (8.0 + grown.shape[2]) / grown.numel()
+    assert trainer.loss(grown, trainer.target_linear).item() == pytest.approx(all_cells + 8.0 / 2)
+    trainer.target_mel[:] = -80.0
+    assert torch.isfinite(trainer.loss(grown, trainer.target_linear))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_learns(target, recipe):
     trainer = make_trainer(target, recipe)
