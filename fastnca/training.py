@@ -130,6 +130,10 @@ class Budget:
         return max(by_epochs, by_time)
 
 
+def _active(target):
+    return (target > ACTIVE_DB).to(target.dtype)
+
+
 def damage(grid, generator=None):
     """Zero a random block of cells, all their channels, in each state of ``grid`` [N, C, H, T], in place.
 
@@ -272,7 +276,7 @@ class Trainer:
         mask = self._mask(target)
         loss = F.l1_loss(grown * mask, target * mask)
         if self.recipe.active_weight:
-            active = (target > ACTIVE_DB).to(target.dtype)
+            active = _active(target)
             distance = F.l1_loss(grown * active, target * active, reduction="sum")
             loss = loss + self.recipe.active_weight * distance / active.sum().clamp(min=1.0)
         if self.recipe.magnitude_weight:
@@ -280,7 +284,7 @@ class Trainer:
         return loss
 
     def _mask(self, target):
-        return (target > ACTIVE_DB).to(target.dtype) if self.recipe.active_cells_only else 1.0
+        return _active(target) if self.recipe.active_cells_only else 1.0
 
     def train_epoch(self):
         """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_l1_db", "linear_l1_db"}.
