@@ -16,7 +16,10 @@ ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
 DIVERGING = 4.0  # times the lowest loss so far; young losses jump by less
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
+OVERFLOW = 2.0  # coordinates are within 1, and tanh(2) is -79 dB
 STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
+NUMBERS = ("epoch", "seconds", "age", "lowest_loss", "setbacks")  # of a checkpoint
+GROWN = ("grown.mel", "grown.linear")
 
 
 class TrainingDiverged(RuntimeError):
@@ -42,22 +45,15 @@ class Recipe:
     active_weight: float = 0.0  # in both, of the mean absolute error of the cells above ACTIVE_DB, however few they are
     gram_weight: float = 0.0  # of the mel grid's PerceptualLoss
     magnitude_weight: float = 0.0  # of the mean absolute error of sqrt(magnitude), which the loud cells dominate
+    overflow_weight: float = 0.0  # of the mean excess of the grown grids over -OVERFLOW...OVERFLOW
     num_steps: int = 96
-    judged_steps: tuple = ()  # earlier steps that the loss judges too, so that the sound learns to stay
-    pool_size: int = 0  # grown states that training goes on from, see Pool; 0 grows from the seed alone
-    batch_size: int = 1  # states of the pool per epoch, one of which is the seed
-    damage: bool = False  # to the best state of the batch
-    least_steps: int = 96  # with the pool an epoch runs a random number of steps, least_steps..num_steps
+    continued: float = 0.0  # share of epochs that go on from what the last one grew, so that the sound learns to stay
+    damage: bool = False  # to what they go on from, so that it learns to heal
     log_interval: int = 25  # epochs between progress pictures
 
     def __post_init__(self):
-        if list(self.judged_steps) != sorted(set(self.judged_steps)) or min(self.judged_steps, default=1) < 1:
-            raise ValueError(f"judged_steps must ascend from 1 or more, got {self.judged_steps!r}")
-        if self.pool_size and not 2 <= self.batch_size <= self.pool_size:
-            raise ValueError(
-                f"batch_size must be at least 2, a seed and a state of the pool, and at most pool_size = "
-                f"{self.pool_size}, got {self.batch_size}"
-            )
+        if not 0.0 <= self.continued < 1.0:
+            raise ValueError(f"continued must be a share from 0 to below 1, got {self.continued!r}")
 
 
 RECIPES = {
@@ -84,22 +80,13 @@ RECIPES = {
         cosine_decay=True,
         normalize_gradients=True,
         linear_weight=2.0,
-        active_weight=1.0,  # or a sound that is mostly silence is learned as silence
+        active_weight=0.3,  # with the next, or a sound that is mostly silence is learned as silence
+        overflow_weight=1.0,
         magnitude_weight=20.0,
-        judged_steps=(80,),
+        continued=0.1,
     ),
 }
-RECIPES["regenerate"] = replace(
-    RECIPES["default"],
-    optimizer="adam",
-    learning_rate=2e-3,
-    active_weight=0.0,
-    judged_steps=(),
-    least_steps=64,
-    pool_size=4,
-    batch_size=2,
-    damage=True,
-)
+RECIPES["regenerate"] = replace(RECIPES["default"], continued=0.3, damage=True)
 
 
 def find_recipe(name):
@@ -134,47 +121,18 @@ def _active(target):
     return (target > ACTIVE_DB).to(target.dtype)
 
 
-def damage(grid, generator=None):
-    """Zero a random block of cells, all their channels, in each state of ``grid`` [N, C, H, T], in place.
+def damaged(grid, generator=None):
+    """A copy of ``grid`` [N, C, H, T] in which a random block of each state's cells is zero in all channels.
 
     Each side of the block is a third of the grid's side on average.
     """
+    grid = grid.clone()
     for state in grid:
         (top, bottom), (left, right) = (
             torch.randint(size + 1, (2,), generator=generator).sort().values for size in state.shape[1:]
         )
         state[:, top:bottom, left:right] = 0.0
-
-
-class Pool:
-    """Grown states to go on growing from (Mordvintsev et al. 2020, "Growing Neural Cellular Automata").
-
-    An epoch draws ``batch_size`` of them; the seed takes the place of the worst, the best is damaged if asked for, and
-    what they have become goes back where it was drawn.
-
-    grids: (mel [P, C, n_mels, T], linear [P, C, n_linear, T]); errors [P]: how far each was from the target.
-    """
-
-    def __init__(self, seed, size):
-        self.seed = seed
-        self.grids = tuple(grid.repeat(size, 1, 1, 1) for grid in seed)
-        self.errors = torch.full((size,), torch.inf)
-
-    def draw(self, batch_size, damaged, generator=None):
-        """The indices of the drawn states and their grids [N, C, H, T], the first of which is the seed."""
-        drawn = torch.randperm(len(self.errors), generator=generator)[:batch_size]
-        drawn = drawn[self.errors[drawn].argsort(descending=True, stable=True)]
-        batch = tuple(grid[drawn] for grid in self.grids)
-        for grid, seed in zip(batch, self.seed):
-            grid[:1] = seed
-            if damaged:
-                damage(grid[-1:], generator)
-        return drawn, batch
-
-    def put(self, drawn, batch, errors):
-        for grid, grown in zip(self.grids, batch):
-            grid[drawn] = grown.detach()
-        self.errors[drawn] = errors.cpu()
+    return grid
 
 
 class Trainer:
@@ -207,7 +165,7 @@ class Trainer:
         self.target_mel = torch.as_tensor(target_mel, dtype=torch.float32, device=device)[None]
         self.target_linear = torch.as_tensor(target_linear, dtype=torch.float32, device=device)[None]
         self.initial_grids = self.model.seed(self.target_mel.shape[2])
-        self.pool = Pool(self.initial_grids, recipe.pool_size) if recipe.pool_size else None
+        self.grown_grids, self.age = self.initial_grids, 0  # of the last epoch, and its steps since the seed
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
         self.lowest_loss = math.inf
@@ -227,24 +185,6 @@ class Trainer:
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.progress))
         return learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
-    def _rollout(self):
-        """One growth as the recipe wants it: [(mel_db [N, n_mels, T], linear_db [N, n_linear, T])], of each judged
-        step and the last."""
-        recipe, steps, grids = self.recipe, self.recipe.num_steps, self.initial_grids
-        if self.pool:
-            steps = torch.randint(recipe.least_steps, steps + 1, (), generator=self.generator).item()
-            drawn, grids = self.pool.draw(recipe.batch_size, recipe.damage, self.generator)
-        grown, done = [], 0
-        for step in (*(step for step in recipe.judged_steps if step < steps), steps):
-            grids = self.model.rollout(*grids, step - done, checkpoint_every=self._checkpoint_every())
-            grown.append(tuple(decode_db(grid) for grid in grids))
-            done = step
-        if self.pool:
-            targets = (self.target_mel, self.target_linear)
-            errors = [(a.detach() - b).abs().mean(dim=(1, 2)) for a, b in zip(grown[-1], targets)]
-            self.pool.put(drawn, grids, sum(errors))
-        return grown
-
     def grown(self):
         """What the model grows now, in float32 as on any machine: (mel_db [n_mels, T], linear_db [n_linear, T]) on the
         CPU."""
@@ -257,7 +197,7 @@ class Trainer:
         steps = self.recipe.num_steps
         if self.model.backend == "reference":
             return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
-        state = sum(grid.nbytes for grid in self.initial_grids) * self.recipe.batch_size
+        state = sum(grid.nbytes for grid in self.initial_grids)
         longest = max(1, math.isqrt(steps))
         return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
@@ -287,20 +227,28 @@ class Trainer:
         return _active(target) if self.recipe.active_cells_only else 1.0
 
     def train_epoch(self):
-        """One gradient step -> {"epoch", "seconds", "learning_rate", "loss", "mel_l1_db", "linear_l1_db"}.
+        """One gradient step -> {"epoch", "seconds", "learning_rate", "steps", "loss", "mel_l1_db", "linear_l1_db"}.
 
-        The losses are those before the step; the last two are mean absolute errors over all cells. Where the loss is
-        not finite or has become a multiple of its lowest value, training goes on from there at half the learning rate.
-        Raises TrainingDiverged when that has not helped; with a pool, whose losses do not compare, at once.
+        ``steps`` is the age of what was judged: more than the recipe's where the epoch went on from the last one's end.
+        The losses are those before the step; the last two are mean absolute errors over all cells.
+
+        Where the loss is not finite or has become a multiple of its lowest value, the epoch starts from the seed or, if
+        it did, training goes on from that lowest loss at half the learning rate. Raises TrainingDiverged when that has
+        not helped.
         """
         started = time.perf_counter()
-        mel_db, linear_db, loss, gradients, norms = self._differentiate()
+        continued = self.age > 0 and torch.rand((), generator=self.generator).item() < self.recipe.continued
+        grown, loss, gradients, norms = self._differentiate(continued)
         while not (math.isfinite(loss) and loss <= DIVERGING * self.lowest_loss and torch.isfinite(norms).all()):
-            self._step_back(f"the loss became {loss:g} (gradient norm {norms.max().item():g})")
-            mel_db, linear_db, loss, gradients, norms = self._differentiate()
-        if not self.pool and loss < self.lowest_loss:
+            if not continued:
+                self._step_back(f"the loss became {loss:g} (gradient norm {norms.max().item():g})")
+            continued = False
+            grown, loss, gradients, norms = self._differentiate(continued)
+        if not continued and loss < self.lowest_loss:
             self.lowest_loss = loss
             self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
+        self.grown_grids = tuple(grid.detach() for grid in grown)
+        self.age = self.recipe.num_steps + (self.age if continued else 0)
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
         if self.recipe.normalize_gradients:
             for gradient, norm in zip(gradients, norms, strict=True):
@@ -308,23 +256,31 @@ class Trainer:
         self.optimizer.step()
         self.epoch += 1
         self.seconds += time.perf_counter() - started
+        mel_db, linear_db = (decode_db(grid) for grid in self.grown_grids)
         return {
             "epoch": self.epoch,
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
+            "steps": self.age,
             "loss": loss,
-            "mel_l1_db": (mel_db.detach() - self.target_mel).abs().mean().item(),
-            "linear_l1_db": (linear_db.detach() - self.target_linear).abs().mean().item(),
+            "mel_l1_db": (mel_db - self.target_mel).abs().mean().item(),
+            "linear_l1_db": (linear_db - self.target_linear).abs().mean().item(),
         }
 
-    def _differentiate(self):
-        """One rollout, forward and back -> (mel_db and linear_db of its end, loss, gradients, their norms)."""
-        grown = self._rollout()
-        total = sum(self.loss(*pair) for pair in grown) / len(grown)
+    def _differentiate(self, continued):
+        """One rollout, forward and back, from the seed or ``continued`` -> (grown grids, loss, gradients, norms)."""
+        grids = self.grown_grids if continued else self.initial_grids
+        if continued and self.recipe.damage:
+            grids = tuple(damaged(grid, self.generator) for grid in grids)
+        grown = self.model.rollout(*grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every())
+        total = self.loss(*(decode_db(grid) for grid in grown))
+        if self.recipe.overflow_weight:
+            overflow = sum((grid.abs() - OVERFLOW).clamp(min=0.0).mean() for grid in grown)
+            total = total + self.recipe.overflow_weight * overflow
         self.optimizer.zero_grad()
         total.backward()
         gradients = [parameter.grad for parameter in self.model.parameters()]
-        return *grown[-1], total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
+        return grown, total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
 
     def _step_back(self, reason):
         if self.best:
@@ -357,18 +313,15 @@ class Trainer:
         tensors = self._learned()
         tensors.update({f"best.{name}": tensor for name, tensor in self.best.items()})
         tensors["random_state"] = self.generator.get_state()
-        if self.pool:
-            mel, linear = self.pool.grids
-            tensors.update({"pool.mel": mel, "pool.linear": linear, "pool.errors": self.pool.errors})
-        return tensors, {name: getattr(self, name) for name in ("epoch", "seconds", "lowest_loss", "setbacks")}
+        if self.recipe.continued:
+            tensors.update(zip(GROWN, self.grown_grids))
+        return tensors, {name: getattr(self, name) for name in NUMBERS}
 
     def load_state_dict(self, tensors, numbers):
         self._load_learned(tensors)
         self.best = {name[len("best.") :]: tensor for name, tensor in tensors.items() if name.startswith("best.")}
         self.generator.set_state(tensors["random_state"])
-        if self.pool:
-            for name, tensor in zip(("mel", "linear"), self.pool.grids):
-                tensor.copy_(tensors[f"pool.{name}"])
-            self.pool.errors = tensors["pool.errors"]
-        for name in ("epoch", "seconds", "lowest_loss", "setbacks"):
+        if self.recipe.continued:
+            self.grown_grids = tuple(tensors[name].to(self.target_mel.device) for name in GROWN)
+        for name in NUMBERS:
             setattr(self, name, numbers[name])

@@ -100,7 +100,7 @@ def test_curves_are_told_apart():
 
 def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch, capsys):
     for name, recipe in training.RECIPES.items():
-        monkeypatch.setitem(training.RECIPES, name, replace(recipe, num_steps=4, judged_steps=(), learning_rate=1e-4))
+        monkeypatch.setitem(training.RECIPES, name, replace(recipe, num_steps=4, learning_rate=1e-4))
     monkeypatch.setattr(recipes, "AGES", (6,))
     chosen = ["default", "default,linear_weight=0", "notebook"]
     arguments = ["voice", "--duration", "0.1", "--epochs", "1", "-o", str(tmp_path), "--recipes", *chosen]
@@ -128,8 +128,8 @@ def test_a_recipe_that_diverges_is_a_row(tmp_path, monkeypatch):
 
 
 def test_changed_recipes_are_read():
-    changed = recipes.find_recipe('default,judged_steps=[48,80],optimizer="adam",linear_weight=3')
-    assert changed.judged_steps == [48, 80] and changed.optimizer == "adam" and changed.linear_weight == 3
+    changed = recipes.find_recipe('default,continued=0.3,optimizer="adam",linear_weight=3')
+    assert changed.continued == 0.3 and changed.optimizer == "adam" and changed.linear_weight == 3
     with pytest.raises(ValueError, match="no field 'learning'"):
         recipes.find_recipe("default,learning=1")
     with pytest.raises(ValueError, match="adam is not JSON"):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import fastnca
 from fastnca.optim import Muon
-from fastnca.training import MAX_SETBACKS, RECIPES, Budget, Trainer, TrainingDiverged, damage, find_recipe
+from fastnca.training import MAX_SETBACKS, OVERFLOW, RECIPES, Budget, Trainer, TrainingDiverged, damaged, find_recipe
 
 BUDGET = Budget(epochs=10)
-REGENERATE = replace(RECIPES["regenerate"], num_steps=6, least_steps=3)
+REGENERATE = replace(RECIPES["regenerate"], num_steps=6, continued=0.7)
 
 
 def make_trainer(target, recipe="default", budget=BUDGET, **options):
@@ -106,16 +106,19 @@ def test_learning_rate_decays_over_the_budget(target):
     assert notebook.learning_rate == 2e-4
 
 
-def test_the_loss_is_the_mean_over_the_judged_steps(target):
-    recipe = replace(RECIPES["default"], num_steps=7, judged_steps=(3, 5, 9))
-    trainer = make_trainer(target, recipe)
-    trainer.train_epoch()  # as new, the last layer is zero and all grids are alike
-    losses = [trainer.loss(*(grid[None] for grid in trainer.model.grow(target[0].shape[1], n))) for n in (3, 5, 7)]
-    row = trainer.train_epoch()
-    assert losses[0] != losses[1] != losses[2]
-    assert row["loss"] == pytest.approx(sum(losses).item() / 3, rel=1e-6)
-    mel_db, _ = trainer.model.grow(target[0].shape[1], 7)
-    assert trainer.train_epoch()["mel_l1_db"] == pytest.approx((mel_db - target[0]).abs().mean().item(), rel=1e-6)
+def test_no_value_may_overflow(target):
+    weights = []
+    for overflow_weight in (0.0, 3.0):
+        recipe = replace(RECIPES["default"], num_steps=2, overflow_weight=overflow_weight)
+        trainer = make_trainer(target, recipe)
+        with torch.no_grad():
+            bias = torch.linspace(-3.0, 3.0, 16)
+            bias[1] = 1.0  # alive
+            trainer.model.update_mlp[-1].bias.copy_(bias)
+        weights.append((trainer.train_epoch()["loss"], trainer.grown_grids))
+    (without, grids), (loss, _) = weights
+    excess = [F.relu(grid.abs() - OVERFLOW).mean().item() for grid in grids]
+    assert min(excess) > 0.1 and loss == pytest.approx(without + 3.0 * sum(excess), rel=1e-5)
 
 
 def test_divergence_stops_before_the_weights(target):
@@ -157,35 +160,18 @@ def test_divergence_that_comes_back_ends_training_at_the_lowest_loss(target):
         assert torch.equal(tensor, kept[name])
 
 
-def test_a_pool_does_not_go_back(target):
-    trainer = make_trainer(target, REGENERATE)
-    trainer.train_epoch()
-    diverge(trainer)
-    with pytest.raises(TrainingDiverged, match="in epoch 2$"):
-        trainer.train_epoch()
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"judged_steps": (48, 32)}, r"judged_steps must ascend from 1 or more, got \(48, 32\)"),
-        ({"judged_steps": (0, 32)}, "judged_steps must ascend"),
-        ({"pool_size": 4, "batch_size": 1}, "batch_size must be at least 2"),
-        ({"pool_size": 4, "batch_size": 5}, "at most pool_size = 4, got 5"),
-    ],
-)
-def test_wrong_recipes(fields, words):
-    with pytest.raises(ValueError, match=words):
-        replace(RECIPES["default"], **fields)
+@pytest.mark.parametrize("continued", [-0.1, 1.0, float("nan")])
+def test_wrong_share_of_continued_epochs(continued):
+    with pytest.raises(ValueError, match="continued must be a share from 0 to below 1, got"):
+        replace(RECIPES["default"], continued=continued)
 
 
 def test_damage_zeroes_one_block_of_all_channels():
     torch.manual_seed(0)
     sizes = []
+    whole = torch.ones(2, 3, 12, 30)
     for _ in range(200):
-        grid = torch.ones(2, 3, 12, 30)
-        damage(grid)
-        for state in grid:
+        for state in damaged(whole):
             assert torch.equal(state, state[:1].expand_as(state))
             rows, columns = (state[0] == 0).any(dim=1), (state[0] == 0).any(dim=0)
             assert torch.equal(state[0] == 0, rows[:, None] & columns)
@@ -193,50 +179,60 @@ def test_damage_zeroes_one_block_of_all_channels():
                 assert hit.int().diff().abs().sum() <= 2  # one run of cells
             sizes.append(rows.float().mean() * columns.float().mean())
     assert 0.05 < sum(sizes) / len(sizes) < 0.2 and len(set(sizes)) > 50
+    assert whole.eq(1).all()
 
 
-def test_a_pool_gives_the_seed_for_the_worst_and_damages_the_best(target):
-    pool = make_trainer(target, REGENERATE).pool
-    size = len(pool.errors)
-    pool.errors = torch.arange(size, dtype=torch.float32)
-    for grid in pool.grids:
-        grid.copy_(10.0 + pool.errors[:, None, None, None].expand_as(grid))
-    damaged = 0
-    for _ in range(20):
-        drawn, batch = pool.draw(2, damaged=True)
-        assert pool.errors[drawn[0]] > pool.errors[drawn[1]]
-        for grid, seed, kept in zip(batch, pool.seed, pool.grids, strict=True):
-            assert torch.equal(grid[:1], seed)
-            assert set(grid[1].unique().tolist()) <= {0.0, 10.0 + drawn[1].item()}
-            damaged += (grid[1] == 0).any().item()
-            assert kept.gt(0).all()
-    assert damaged > 20
-    pool.put(drawn, [torch.full_like(grid, 3.0) for grid in batch], torch.tensor([0.5, 0.25]))
-    assert pool.errors[drawn].tolist() == [0.5, 0.25] and pool.grids[0][drawn].eq(3.0).all()
-
-
-def test_regenerating_starts_where_the_last_epochs_ended(target):
-    trainer = make_trainer(target, REGENERATE)
-    for _ in range(3):
-        trainer.train_epoch()
-    assert trainer.pool.errors.isfinite().any()
-    grown = trainer.pool.grids[0][trainer.pool.errors.isfinite()]
-    assert not torch.equal(grown, trainer.initial_grids[0].expand_as(grown))
-
-
-def test_random_step_counts(target, monkeypatch):
-    trainer = make_trainer(target, REGENERATE)
-    counts = []
+def watch_rollouts(trainer, monkeypatch):
+    """A list that fills with the grids (mel, linear) that rollouts start from."""
+    starts = []
     rollout = trainer.model.rollout
 
-    def counted(mel, linear, num_steps, **options):
-        counts.append(num_steps)
-        return rollout(mel, linear, num_steps, **options)
+    def watched(*grids, **options):
+        mel, linear, _ = grids
+        starts.append((mel, linear))
+        return rollout(*grids, **options)
 
-    monkeypatch.setattr(trainer.model, "rollout", counted)
-    for _ in range(30):
-        trainer.train_epoch()
-    assert set(counts) == {3, 4, 5, 6}
+    monkeypatch.setattr(trainer.model, "rollout", watched)
+    return starts
+
+
+def test_continued_epochs_start_where_the_last_one_ended(target, monkeypatch):
+    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=5, continued=0.4))
+    starts = watch_rollouts(trainer, monkeypatch)
+    seed, ends, rows = trainer.initial_grids, [], []
+    for _ in range(60):
+        rows.append(trainer.train_epoch())
+        ends.append(trainer.grown_grids)
+    assert len(starts) == 60 and rows[0]["steps"] == 5
+    for epoch in range(1, 60):
+        continued = rows[epoch]["steps"] > 5
+        assert rows[epoch]["steps"] == (rows[epoch - 1]["steps"] + 5 if continued else 5)
+        for grid, expected in zip(starts[epoch], ends[epoch - 1] if continued else seed, strict=True):
+            assert torch.equal(grid, expected)
+    assert 12 < sum(row["steps"] > 5 for row in rows) < 36
+
+
+def test_regenerate_damages_what_it_goes_on_from(target, monkeypatch):
+    trainer = make_trainer(target, REGENERATE)
+    starts = watch_rollouts(trainer, monkeypatch)
+    holes = 0
+    for _ in range(20):
+        before = trainer.grown_grids
+        if trainer.train_epoch()["steps"] > 6:
+            for grid, whole in zip(starts[-1], before, strict=True):
+                hole = (grid != whole).any(dim=1)
+                assert (grid.movedim(1, -1)[hole] == 0).all()
+                holes += hole.any().item()
+    assert holes > 5
+
+
+def test_what_falls_apart_is_left_for_the_seed(target):
+    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=5, continued=0.999))
+    assert [trainer.train_epoch()["steps"] for _ in range(3)] == [5, 10, 15]
+    trainer.grown_grids = tuple(torch.full_like(grid, torch.nan) for grid in trainer.grown_grids)
+    assert trainer.train_epoch()["steps"] == 5
+    assert trainer.setbacks == 0
+    assert trainer.train_epoch()["steps"] == 10
 
 
 @pytest.mark.parametrize("recipe", ["default", REGENERATE], ids=["default", "regenerate"])
