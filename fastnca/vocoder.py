@@ -1,8 +1,8 @@
 """From a pair of grids to sound.
 
-Magnitudes come from both grids: the linear one, corrected so that its mel projection equals the mel one
-(``merge_magnitudes``). Phase comes from Griffin-Lim alone (``griffinlim``, needs no weights), or from BigVGAN's
-waveform with a few Griffin-Lim iterations to join the two (``bigvgan``).
+Magnitudes come from both grids: the linear one, corrected by the mel one (``merge_magnitudes``). Phase comes from
+Griffin-Lim alone (``griffinlim``, needs no weights), or from BigVGAN's waveform with a few Griffin-Lim iterations to
+join the two (``bigvgan``).
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from .audio import (
 DEFAULT_BIGVGAN = "nvidia/bigvgan_v2_22khz_80band_256x"
 VOCODERS = ("auto", "bigvgan", "griffinlim")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "bigvgan_generator.pt"
+MERGE_DB = 4.0
 JOIN_ITERATIONS = 32  # from a plausible phase the first few do most of the work
 
 
@@ -67,11 +68,14 @@ def griffin_lim(magnitude, n_iter=200, momentum=0.99, phase=None, seed=0, config
 
 
 def merge_magnitudes(dual, n_iter=30):
-    """Linear magnitudes [513, T] of a DualSpectrogram, corrected so that their mel projection equals its mel grid.
+    """Linear magnitudes [513, T] of a DualSpectrogram, corrected by its mel grid.
 
-    Multiplicative updates for the Kullback-Leibler divergence (Lee and Seung 2001), on the levels in dB. A cell at
-    -80 dB stands for anything from there down to 0, so only what contradicts the other grid is changed: the target's
-    own grids come out as they went in. Bins outside every mel band stay as they are.
+    Multiplicative updates for the Kullback-Leibler divergence (Lee and Seung 2001), on the levels in dB, find levels
+    whose mel projection equals the mel grid. What they change by more than MERGE_DB the linear grid does not know, and
+    it is taken over; of a smaller change only half, the mean of two estimates that are about as good.
+
+    A cell at -80 dB stands for anything from there down to 0, so only what contradicts the other grid is changed: the
+    target's own grids come out as they went in. Bins outside every mel band stay as they are.
     """
     basis = mel_basis(dual.config)
     coverage = basis.sum(dim=0)[:, None]
@@ -83,7 +87,9 @@ def merge_magnitudes(dual, n_iter=30):
         too_loud = (mel_high / (basis @ low).clamp(min=1e-30)).clamp(max=1)
         gain = torch.where(coverage > 0, basis.T @ (too_quiet * too_loud) / coverage.clamp(min=1e-30), 1.0)
         level = (level + 20 * torch.log10(gain)).clamp(min=-DB_RANGE)
-    return to_magnitude(level, dual.linear_ref_db)
+    change = level - dual.linear_db
+    change = change * (1 - 0.5 / (1 + (change / MERGE_DB) ** 4))
+    return to_magnitude(dual.linear_db + change, dual.linear_ref_db)
 
 
 def spectrogram_config(h, where="BigVGAN configuration"):

@@ -162,6 +162,16 @@ def test_merged_magnitudes_project_onto_the_mel_grid(note):
     torch.testing.assert_close(merged[0], to_magnitude(wrong, dual.linear_ref_db)[0])  # 0 Hz is in no mel band
 
 
+@pytest.mark.parametrize(("louder", "kept"), [(1.0, 0.5), (-1.0, 0.5), (12.0, 0.0), (-12.0, 0.0)])
+def test_small_disagreements_of_the_grids_are_averaged(note, louder, kept):
+    dual = analyze(note)
+    linear_db = torch.where(dual.linear_db > -65, dual.linear_db + louder, dual.linear_db)
+    merged = merge_magnitudes(DualSpectrogram(dual.mel_db, linear_db, dual.mel_ref_db, dual.linear_ref_db, dual.config))
+    loud = dual.linear_db > -15
+    change = 20 * torch.log10(merged[loud] / to_magnitude(dual.linear_db, dual.linear_ref_db)[loud])
+    assert change.mean().item() == pytest.approx(kept * louder, abs=0.15)
+
+
 # ---- BigVGAN's files
 
 
