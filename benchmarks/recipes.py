@@ -174,7 +174,8 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
         return {**json.loads(about.read_text()), "diverged": str(error)}
     if interrupted:
         raise KeyboardInterrupt
-    below = (float(row["seconds"]) for row in run.losses if float(row["mel_l1_db"]) < 3.0)
+    from_seed = [row for row in run.losses if int(row["steps"]) == run.recipe.num_steps]
+    below = (float(row["seconds"]) for row in from_seed if float(row["mel_l1_db"]) < 3.0)
     result = {**json.loads(about.read_text()), **result, "seconds_to_mel_3_db": next(below, None)}
     model, _ = load_model(folder / MODEL_FILE, backend=run.backend)
     model.to(run.trainer.target_mel.device)

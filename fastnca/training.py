@@ -207,12 +207,11 @@ class Trainer:
         linear = self.recipe.linear_weight * self._grid_loss(linear_db, self.target_linear)
         if self.perceptual_loss is not None:
             mask = self._mask(self.target_mel)
-            pair = ((mel_db * mask)[:, None], (self.target_mel * mask).expand_as(mel_db)[:, None])
-            mel = mel + self.recipe.gram_weight * self.perceptual_loss(*pair)
+            gram = self.perceptual_loss((mel_db * mask)[:, None], (self.target_mel * mask)[:, None])
+            mel = mel + self.recipe.gram_weight * gram
         return mel + linear
 
     def _grid_loss(self, grown, target):
-        target = target.expand_as(grown)
         mask = self._mask(target)
         loss = F.l1_loss(grown * mask, target * mask)
         if self.recipe.active_weight:
