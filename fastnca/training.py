@@ -124,7 +124,8 @@ def _active(target):
 def damaged(grid, generator=None):
     """A copy of ``grid`` [N, C, H, T] in which a random block of each state's cells is zero in all channels.
 
-    Each side of the block is a third of the grid's side on average.
+    Each side of the block is a third of the grid's side on average. To train on such states is the way of Mordvintsev
+    et al. 2020, "Growing Neural Cellular Automata".
     """
     grid = grid.clone()
     for state in grid:
@@ -242,7 +243,7 @@ class Trainer:
             if not continued:
                 self._step_back(f"the loss became {loss:g} (gradient norm {norms.max().item():g})")
             continued = False
-            grown, loss, gradients, norms = self._differentiate(continued)
+            grown, loss, gradients, norms = self._differentiate(False)
         if not continued and loss < self.lowest_loss:
             self.lowest_loss = loss
             self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}

@@ -36,7 +36,7 @@ from .audio import (
 DEFAULT_BIGVGAN = "nvidia/bigvgan_v2_22khz_80band_256x"
 VOCODERS = ("auto", "bigvgan", "griffinlim")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "bigvgan_generator.pt"
-MERGE_DB = 4.0
+MERGE_DB = 4.0  # see docs/recipes.md
 JOIN_ITERATIONS = 32  # from a plausible phase the first few do most of the work
 
 
