@@ -15,7 +15,6 @@ from .optim import Muon
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
 DIVERGING = 4.0  # times the lowest loss so far; young losses jump by less
-CONTINUED_LIMIT = 10.0  # times the gradient of an epoch from the seed that a continued one's may count
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
 OVERFLOW = 2.0  # coordinates are within 1, and tanh(2) is -79 dB
 STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
@@ -39,7 +38,7 @@ class Recipe:
     coordinates: tuple = ()  # of the initial grids, see DualSpecTNCA
     stencil_gain: float = 1.0  # on the initial weights that see the stencils, whose output is larger than the state
     cosine_decay: bool = False  # of the learning rate over the whole budget
-    normalize_gradients: bool = False  # each parameter's, by its norm in the last epoch that began at the seed
+    normalize_gradients: bool = False  # each parameter's gradient to unit norm
     active_cells_only: bool = False  # only where the target is above ACTIVE_DB, as the notebook
     mel_weight: float = 1.0  # of the mean absolute error of the mel grid
     linear_weight: float = 1.0  # the same of the linear grid
@@ -168,7 +167,6 @@ class Trainer:
         self.target_linear = torch.as_tensor(target_linear, dtype=torch.float32, device=device)[None]
         self.initial_grids = self.model.seed(self.target_mel.shape[2])
         self.grown_grids, self.age = self.initial_grids, 0  # of the last epoch, and its steps since the seed
-        self.seed_norms = torch.zeros(len(self.model.weights), device=device)  # of gradients, in the last epoch from it
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
         self.lowest_loss = math.inf
@@ -249,14 +247,11 @@ class Trainer:
         if not continued and loss < self.lowest_loss:
             self.lowest_loss = loss
             self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
-        if not continued:
-            self.seed_norms = norms
         self.grown_grids = tuple(grid.detach() for grid in grown)
         self.age = self.recipe.num_steps + (self.age if continued else 0)
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
         if self.recipe.normalize_gradients:
-            limited = torch.maximum(self.seed_norms, norms / CONTINUED_LIMIT)
-            for gradient, norm in zip(gradients, limited, strict=True):
+            for gradient, norm in zip(gradients, norms, strict=True):
                 gradient.div_(norm + 1e-8)
         self.optimizer.step()
         self.epoch += 1
@@ -320,7 +315,6 @@ class Trainer:
         tensors["random_state"] = self.generator.get_state()
         if self.recipe.continued:
             tensors.update(zip(GROWN, self.grown_grids))
-            tensors["seed_norms"] = self.seed_norms
         return tensors, {name: getattr(self, name) for name in NUMBERS}
 
     def load_state_dict(self, tensors, numbers):
@@ -329,6 +323,5 @@ class Trainer:
         self.generator.set_state(tensors["random_state"])
         if self.recipe.continued:
             self.grown_grids = tuple(tensors[name].to(self.target_mel.device) for name in GROWN)
-            self.seed_norms = tensors["seed_norms"].to(self.target_mel.device)
         for name in NUMBERS:
             setattr(self, name, numbers[name])
