@@ -22,7 +22,7 @@ from .files import atomic_write
 from .model import decode_db, frame_times, load_model, read_safetensors, save_model, write_safetensors
 from .training import Budget, Trainer, TrainingDiverged, find_recipe
 
-CHECKPOINT_FORMAT = "fastnca-checkpoint-3"
+CHECKPOINT_FORMAT = "fastnca-checkpoint-4"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 MODEL_FILE = "model.safetensors"
 LOSSES_FILE = "losses.csv"

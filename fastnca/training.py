@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from .optim import Muon
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
 DIVERGING = 4.0  # times the lowest loss so far; young losses jump by less
+CLIMBING = 1.25  # times the lowest mean of RECENT losses so far; healthy training stays below 1.1
+RECENT = 20
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
 OVERFLOW = 2.0  # coordinates are within 1, and tanh(2) is -79 dB
 STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
-NUMBERS = ("epoch", "seconds", "age", "lowest_loss", "setbacks")  # of a checkpoint
+NUMBERS = ("epoch", "seconds", "age", "lowest_loss", "lowest_mean", "recent", "setbacks")  # of a checkpoint
 GROWN = ("grown.mel", "grown.linear")
 
 
@@ -169,6 +172,8 @@ class Trainer:
         self.grown_grids, self.age = self.initial_grids, 0  # of the last epoch, and its steps since the seed
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
+        self.recent = []  # losses of the last epochs from the seed
+        self.lowest_mean = math.inf  # of RECENT such losses in a row
         self.lowest_loss = math.inf
         self.best = {}  # what had been learned there, see _learned
         self.setbacks = 0  # how often training diverged and went on from there
@@ -232,21 +237,25 @@ class Trainer:
         ``steps`` is the age of what was judged: more than the recipe's where the epoch went on from the last one's end.
         The losses are those before the step; the last two are mean absolute errors over all cells.
 
-        Where the loss is not finite or has become a multiple of its lowest value, the epoch starts from the seed or, if
-        it did, training goes on from that lowest loss at half the learning rate. Raises TrainingDiverged when that has
-        not helped.
+        Where the loss is not finite, has become a multiple of its lowest value or has been climbing for long, the epoch
+        starts from the seed or, if it did, training goes on from that lowest loss at half the learning rate. Raises
+        TrainingDiverged when that has not helped.
         """
         started = time.perf_counter()
         continued = self.age > 0 and torch.rand((), generator=self.generator).item() < self.recipe.continued
         grown, loss, gradients, norms = self._differentiate(continued)
-        while not (math.isfinite(loss) and loss <= DIVERGING * self.lowest_loss and torch.isfinite(norms).all()):
+        while self._diverging(loss, norms, continued):
             if not continued:
                 self._step_back(f"the loss became {loss:g} (gradient norm {norms.max().item():g})")
             continued = False
             grown, loss, gradients, norms = self._differentiate(False)
-        if not continued and loss < self.lowest_loss:
-            self.lowest_loss = loss
-            self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
+        if not continued:
+            self.recent = [*self.recent, loss][-RECENT:]
+            if len(self.recent) == RECENT:
+                self.lowest_mean = min(self.lowest_mean, fmean(self.recent))
+            if loss < self.lowest_loss:
+                self.lowest_loss = loss
+                self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
         self.grown_grids = tuple(grid.detach() for grid in grown)
         self.age = self.recipe.num_steps + (self.age if continued else 0)
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
@@ -282,7 +291,13 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.model.parameters()]
         return grown, total.item(), gradients, torch.stack(torch._foreach_norm(gradients))
 
+    def _diverging(self, loss, norms, continued):
+        if not (math.isfinite(loss) and loss <= DIVERGING * self.lowest_loss and torch.isfinite(norms).all()):
+            return True
+        return not continued and len(self.recent) == RECENT and fmean(self.recent) > CLIMBING * self.lowest_mean
+
     def _step_back(self, reason):
+        self.recent = []
         if self.best:
             self._load_learned(self.best)
         if not self.best or self.setbacks == MAX_SETBACKS:

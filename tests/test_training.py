@@ -145,6 +145,18 @@ def test_divergence_goes_on_from_the_lowest_loss_at_half_the_learning_rate(targe
     assert trainer.train_epoch()["loss"] < row["loss"]
 
 
+def test_a_loss_that_climbs_slowly_goes_back_too(target, monkeypatch):
+    monkeypatch.setattr("fastnca.training.RECENT", 3)
+    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=2, overflow_weight=0.0, continued=0.0))
+    factors, original = [1.0, 1.0, 1.0, 1.2, 1.3, 1.4, 1.0], trainer.loss
+    monkeypatch.setattr(trainer, "loss", lambda *grown: 0.0 * original(*grown) + factors[trainer.epoch])
+    setbacks = []
+    for _ in factors:
+        trainer.train_epoch()
+        setbacks.append(trainer.setbacks)
+    assert setbacks == [0, 0, 0, 0, 0, 0, 1]  # the mean of 1.2, 1.3 and 1.4 is the first above 1.25
+
+
 def test_divergence_that_comes_back_ends_training_at_the_lowest_loss(target):
     trainer = make_trainer(target)
     trainer.train_epoch()
