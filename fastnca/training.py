@@ -16,7 +16,7 @@ from .optim import Muon
 ACTIVE_DB = -70.0  # the notebook's border between sound and silence
 FINAL_LEARNING_RATE = 0.02  # of the recipe's, where it decays
 DIVERGING = 4.0  # times the lowest loss so far; young losses jump by less
-CLIMBING = 1.25  # times the lowest mean of RECENT losses so far; runs that ended well stayed within 1.11
+CLIMBING = 1.25  # times the lowest mean of RECENT losses so far, see docs/recipes.md
 RECENT = 20
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
 OVERFLOW = 2.0  # coordinates are within 1, and tanh(2) is -79 dB
