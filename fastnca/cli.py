@@ -1,7 +1,10 @@
-"""The command line."""
+"""The command line: options, progress, Ctrl-C, and errors in one line."""
 
 import json
+import math
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,21 +19,26 @@ app = typer.Typer(
     help="Grow a sound from one seed cell with a neural cellular automaton.",
 )
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder for everything the run writes.")]
-Epochs = Annotated[int | None, typer.Option(help="End after this many epochs in all.")]
-Minutes = Annotated[float | None, typer.Option(help="End after this many minutes of training in all.")]
-Seed = Annotated[int | None, typer.Option(help="Of every random choice; the same seed and epochs repeat a run.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="The folder for everything that the run writes.")]
+Epochs = Annotated[int | None, typer.Option(help="End training after this many epochs in all.")]
+Minutes = Annotated[float | None, typer.Option(help="End training after this many minutes in all.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Start every random choice from this number: the same seed and epochs repeat a run."),
+]
 Vocoder = Annotated[
     str | None,
-    typer.Option(help="auto, bigvgan or griffinlim. auto takes BigVGAN where its weights are at hand."),
+    typer.Option(help="Decode by bigvgan or griffinlim. auto takes BigVGAN where its weights are at hand."),
 ]
-BigVGAN = Annotated[str | None, typer.Option(help="A hub name or a folder with config.json and the weights.")]
-Backend = Annotated[str | None, typer.Option(help="auto, or a name from `fastnca info`.")]
+BigVGAN = Annotated[
+    str | None, typer.Option(help="Take this BigVGAN: a hub name, or a folder with config.json and the weights.")
+]
+Backend = Annotated[str | None, typer.Option(help="Compute with this backend: auto, or a name from `fastnca info`.")]
 Precision = Annotated[
     str | None,
-    typer.Option(help="Of the training's matrix products: fp32, bf16, or auto, which takes the faster."),
+    typer.Option(help="Train with matrix products in fp32, bf16 or, on a GPU, tf32. auto takes the faster."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that the folder holds.")]
 
 
@@ -45,21 +53,112 @@ def _one_line_errors(exit_code):
         raise typer.Exit(exit_code) from error
 
 
-def _grow(source, out, **options):
-    from .run import Run
+@contextmanager
+def _ctrl_c_stops(growth):
+    """The first Ctrl-C ends training after the present epoch; a second one interrupts at once."""
 
+    def stop(signal_number, frame):
+        if growth.stopped:
+            raise KeyboardInterrupt
+        growth.stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress_bar(console):
+    """A function that shows how far something has come: (share done, text)."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(BarColumn(12), TextColumn("{task.percentage:3.0f}% {task.description}"), console=console) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share, text: bar.update(task, completed=share, description=text)
+
+
+@contextmanager
+def _tensorboard(folder, epoch):
+    """A listener that writes every number of an epoch for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from .growth import EpochDone
+
+    def write(event):
+        if isinstance(event, EpochDone):
+            for name, value in event.row.items():
+                if name not in ("epoch", "seconds"):
+                    writer.add_scalar(name, value, event.row["epoch"])
+
+    with SummaryWriter(folder / "tensorboard", purge_step=epoch + 1) as writer:
+        yield write
+
+
+class _Terminal:
+    """A listener that tells the user what a growth does."""
+
+    def __init__(self, console, show_progress):
+        self.console = console
+        self.show_progress = show_progress
+        self.line = ""
+
+    def print(self, text):
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def __call__(self, event):
+        from .growth import Done, EpochDone, PictureDue, Setback, TrainingDone
+
+        if isinstance(event, EpochDone):
+            row = event.row
+            errors = f"mel {row['mel_l1_db']:.2f} dB, linear {row['linear_l1_db']:.2f} dB off"
+            self.line = f"epoch {row['epoch']}: {errors}, {event.seconds_left / 60:.1f} min left"
+            self.show_progress(event.progress, self.line)
+        elif isinstance(event, Setback):
+            self.print(f"epoch {event.epoch}: diverged; back to the lowest loss, learning rate halved")
+        elif isinstance(event, PictureDue) and not self.console.is_terminal:
+            self.print(self.line)
+        elif isinstance(event, TrainingDone) and event.stopped:
+            self.print(f"stopped after epoch {event.epoch}; writing what has grown so far")
+        elif isinstance(event, Done) and event.sound.gain < 1.0:
+            quieter = -20 * math.log10(event.sound.gain)
+            self.print(f"generated.wav would have clipped and was made {quieter:.1f} dB quieter")
+
+
+def _grow(audio, out, tensorboard=False, **options):
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    from .run import prepare
+
+    console = Console(stderr=True)
     with _one_line_errors(2):
-        run = Run(source, out, **options)
-        run.open_folder()
-    with _one_line_errors(1):
-        result, interrupted = run.grow()
+        growth, folder = prepare(audio, out, **options)
+    with _one_line_errors(1), ExitStack() as stack:
+        stack.enter_context(_ctrl_c_stops(growth))
+        terminal = _Terminal(console, stack.enter_context(_progress_bar(console)))
+        listeners = [terminal]
+        if tensorboard:
+            listeners.append(stack.enter_context(_tensorboard(folder.path, growth.trainer.epoch)))
+        for line in (growth.source, growth.vocoder.hint):
+            if line:
+                terminal.print(str(line))
+        for event in folder.record(growth):
+            for listener in listeners:
+                listener(event)
+    result = event.sound.metrics
     typer.echo(
-        f"{run.out}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s "
+        f"{folder.path}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s "
         f"({result['backend']} {result['precision']}), "
         f"mel {result['mel_l1_db']:.1f} dB and linear {result['linear_l1_db']:.1f} dB from the target, "
         f"decoded by {result['vocoder']}"
     )
-    if interrupted:
+    if growth.stopped:
         raise typer.Exit(130)
 
 
@@ -69,13 +168,15 @@ def grow(
     out: Out = None,
     epochs: Epochs = None,
     minutes: Minutes = None,
-    recipe: Annotated[str | None, typer.Option(help="default, regenerate or notebook.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds of the recording to use; 3 if not given.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Learn by this recipe: default, regenerate or notebook.")] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Use this many seconds of the recording; 3 by default.")
+    ] = None,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = None,
     precision: Precision = None,
-    checkpoint_every_epochs: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 10,
+    checkpoint_every_epochs: Annotated[int, typer.Option(help="Save a checkpoint every so many epochs.")] = 10,
     seed: Seed = None,
     resume: Resume = False,
     force: Force = False,
@@ -88,11 +189,12 @@ def grow(
     _grow(
         audio,
         out or Path(f"fastnca-{audio.stem}"),
+        tensorboard=tensorboard,
         epochs=epochs,
         minutes=minutes,
         recipe=recipe,
         duration=duration,
-        vocoder_choice=vocoder,
+        vocoder=vocoder,
         bigvgan=bigvgan,
         backend=backend,
         precision=precision,
@@ -100,7 +202,6 @@ def grow(
         seed=seed,
         resume=resume,
         force=force,
-        tensorboard=tensorboard,
     )
 
 
@@ -115,7 +216,7 @@ def demo(
     force: Force = False,
 ):
     """Grow a built-in bowed string for 3 minutes: no file and no network needed."""
-    from .audio import synthesize_bowed_string
+    from .sound.synthetic import synthesize_bowed_string
 
     if epochs is None and minutes is None and not resume:
         minutes = 3.0
@@ -124,7 +225,7 @@ def demo(
         out,
         epochs=epochs,
         minutes=minutes,
-        vocoder_choice="griffinlim",
+        vocoder="griffinlim",
         backend=backend,
         seed=seed,
         resume=resume,
@@ -134,13 +235,15 @@ def demo(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished run.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The wav file to write.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Time frames to grow, 256 samples each.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps to grow for.")] = None,
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file, wherever that is.")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Grow this many time frames, 256 samples each.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Grow for this many steps.")] = None,
     time: Annotated[
         str,
-        typer.Option(help="What other --frames do: stretch changes the pace, sustain holds the middle of the sound."),
+        typer.Option(help="Choose what other --frames do: stretch changes the pace, sustain holds the sound's middle."),
     ] = "stretch",
     video: Annotated[bool, typer.Option("--video", help="Write the growth as an animated GIF too.")] = False,
     vocoder: Vocoder = None,
@@ -148,37 +251,45 @@ def generate(
     backend: Backend = "auto",
 ):
     """Grow the sound of a finished run again, at any length, and write it."""
-    from .run import generate as generate_run
+    from contextlib import nullcontext
 
-    with _one_line_errors(2):
-        path, decoder = generate_run(
-            run,
+    from rich.console import Console
+
+    from .generate import generate as write_generated
+
+    console = Console(stderr=True)
+    with _one_line_errors(2), _progress_bar(console) if video else nullcontext() as show:
+        wav, sound = write_generated(
+            path,
             out,
             n_frames=frames,
             num_steps=steps,
             time=time,
             video=video,
-            vocoder_choice=vocoder,
+            vocoder=vocoder,
             bigvgan=bigvgan,
             backend=backend,
+            on_picture=lambda done, total: show(done / total, f"picture {done} of {total}"),
         )
-    if decoder.hint:
-        typer.echo(decoder.hint, err=True)
-    typer.echo(f"{path}: decoded by {decoder.name}")
+    if sound.model.vocoder.hint:
+        typer.echo(sound.model.vocoder.hint, err=True)
+    typer.echo(f"{wav}: decoded by {sound.model.vocoder.name}")
 
 
 @app.command()
 def compare(
-    reference: Annotated[Path, typer.Argument(metavar="REF.wav")],
-    generated: Annotated[Path, typer.Argument(metavar="GEN.wav")],
+    reference: Annotated[Path, typer.Argument(metavar="REF.wav", help="The recording to compare with.")],
+    generated: Annotated[Path, typer.Argument(metavar="GEN.wav", help="The sound to judge.")],
 ):
     """Print how far one recording is from another, as JSON."""
-    from . import audio, metrics
+    from .sound.convention import SAMPLE_RATE
+    from .sound.files import load_audio
+    from .sound.metrics import compare as distances
 
     with _one_line_errors(2):
-        sound, _ = audio.load_audio(generated)
-        target, _ = audio.load_audio(reference, duration=len(sound) / audio.SAMPLE_RATE)
-        result = metrics.compare(target, sound)
+        sound, _ = load_audio(generated)
+        target, _ = load_audio(reference, duration=len(sound) / SAMPLE_RATE)
+        result = distances(target, sound)
     typer.echo(json.dumps(result, indent=2))
 
 
@@ -190,7 +301,8 @@ def info():
 
     import torch
 
-    from . import __version__, backends
+    from . import __version__
+    from .automaton import backends
 
     typer.echo(f"fastnca {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "triton", "numpy", "librosa", "soundfile", "bigvgan", "auraloss", "huggingface_hub"):
@@ -201,11 +313,12 @@ def info():
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for device in devices:
         name = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-        typer.echo(f"{device} ({name}): auto takes {backends.choose_backend(device=device)}")
+        chosen = backends.choose_backend(device=device)
+        typer.echo(f"{device} ({name}): auto takes {chosen}")
         for backend in backends.BACKENDS:
             reason = backends.why_not(backend, device=device)
             typer.echo(f"  {backend}: {'can run' if reason is None else 'cannot run: ' + reason}")
-        typer.echo(f"  grow trains in {backends.fastest_precision(backends.choose_backend(device=device))}")
+        typer.echo(f"  grow trains in {backends.fastest_precision(chosen)}")
 
 
 def main():

@@ -145,7 +145,7 @@ def compilations(architecture, precision):
         and what ``triton.compile(ASTSource(fn, signature, constexprs, attrs), target=..., options=options)`` takes.
         Nothing else is ever compiled: no kernel is specialised on a size or on the address of a caller's tensor.
     """
-    from . import _triton_kernels as kernels
+    from . import triton_kernels as kernels
 
     config = configuration(architecture, precision)
     for name, fn, constexprs, shape in _variants(kernels, config, _DOT[precision]):
@@ -198,7 +198,7 @@ class _Launcher:
     """The kernels' launches for one rollout, on the current stream: nothing here waits for the device."""
 
     def __init__(self, mel, lin, life_mask, precision):
-        from . import _triton_kernels as kernels
+        from . import triton_kernels as kernels
 
         for name, grid in (("mel", mel), ("lin", lin)):
             if grid.shape[3] > MAX_WIDTH:
@@ -332,7 +332,7 @@ def rollout(mel, lin, weights, num_steps, save_every, life_mask, precision, stat
 
 @_on_device_of_first
 def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask, precision):
-    """-> gradients of the initial (mel, lin) and of the six parameters."""
+    """-> gradients of the initial mel, of the initial linear and of the weights, a list."""
     launcher = _Launcher(grad_mel, grad_lin, life_mask, precision)
     network = _pack(weights, precision)
     floats = states.shape[1]
@@ -361,4 +361,4 @@ def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every,
                 life_mask and step > 0,
             )
     grad_initial = launcher.store(gradients[0], False)
-    return [*grad_initial, *_unpack(launcher.sum_groups(groups))]
+    return *grad_initial, _unpack(launcher.sum_groups(groups))

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import torch
 
-from .audio import DB_RANGE, HOP_LENGTH, N_FFT, as_samples
+from .convention import ACTIVE_DB, DB_RANGE, HOP_LENGTH, N_FFT, as_samples
 
 FLOOR_DB = -200.0  # stands for minus infinity, which JSON cannot hold
-ACTIVE_DB = -70.0  # target cells above this level count as active
 
 
 def _decibel(ratio):
@@ -70,19 +69,18 @@ def compare(reference, generated):
     }
 
 
-def grid_metrics(mel_db, linear_db, target):
-    """Mean absolute level differences (dB) between grown grids and their target.
+def grid_metrics(grown, target):
+    """Mean absolute level differences (dB) between two DualSpectrograms of the same shapes.
 
-    mel_db [80, T], linear_db [513, T]: arrays or tensors in dB; target: DualSpectrogram of the same shapes.
     Returns ``mel_l1_db`` and ``linear_l1_db`` over all cells, ``mel_l1_db_active`` and ``linear_l1_db_active`` over
-    cells whose target is above -70 dB (``None`` where there is no such cell).
+    cells whose target is above -70 dB (``None`` where there is no such cell). Raises ValueError for other shapes.
     """
     result = {}
-    for name, grown, wanted in (("mel", mel_db, target.mel_db), ("linear", linear_db, target.linear_db)):
-        grown = torch.as_tensor(grown).detach().to(wanted)
-        if grown.shape != wanted.shape:
-            raise ValueError(f"{name}_db must have shape {list(wanted.shape)}, got {list(grown.shape)}")
-        error = (grown - wanted).abs()
+    for name in ("mel", "linear"):
+        grid, wanted = (getattr(spectrogram, f"{name}_db") for spectrogram in (grown, target))
+        if grid.shape != wanted.shape:
+            raise ValueError(f"{name}_db must have shape {list(wanted.shape)}, got {list(grid.shape)}")
+        error = (grid - wanted).abs()
         active = error[wanted > ACTIVE_DB]
         result[f"{name}_l1_db"] = error.mean().item()
         result[f"{name}_l1_db_active"] = active.mean().item() if len(active) else None

@@ -2,8 +2,10 @@
 
 import torch
 
+from .rule import CHANNELS
+
 try:
-    from . import _C
+    from .. import _C
 except ImportError as error:
     _C = None
     _import_error = error
@@ -19,8 +21,8 @@ def why_not(device, dtype, num_channels, precision):
         return f"it runs on CPU tensors, not on {device.type}"
     if dtype != torch.float32:
         return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
-    if num_channels != 16:
-        return f"it is compiled for 16 channels, not for {num_channels}"
+    if num_channels != CHANNELS:
+        return f"it is compiled for {CHANNELS} channels, not for {num_channels}"
     if precision not in PRECISIONS:
         return f"it knows the precisions {', '.join(PRECISIONS)}, not {precision!r}"
     if precision == "bf16" and not _C.has_bf16():
@@ -33,13 +35,13 @@ def capability():
     return _C.capability()
 
 
-def state_floats(mel, lin, life_mask):
+def state_floats(mel, linear, life_mask):
     """Floats of one saved state."""
-    return mel.numel() + lin.numel()
+    return mel.numel() + linear.numel()
 
 
-def _problem(mel, lin, num_steps, save_every, life_mask, precision):
-    sizes = (mel.shape[0], *mel.shape[2:], *lin.shape[2:])
+def _problem(mel, linear, num_steps, save_every, life_mask, precision):
+    sizes = (mel.shape[0], *mel.shape[2:], *linear.shape[2:])
     return sizes, num_steps, save_every, life_mask, precision == "bf16", torch.get_num_threads()
 
 
@@ -47,24 +49,24 @@ def _addresses(tensors):
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def rollout(mel, lin, weights, num_steps, save_every, life_mask, precision, states):
-    """-> final (mel, lin). ``states`` receives every ``save_every``-th state and the last, or is None."""
-    grids = [mel.contiguous(), lin.contiguous()]
+def rollout(mel, linear, weights, num_steps, save_every, life_mask, precision, states):
+    """-> final (mel, linear). ``states`` receives every ``save_every``-th state and the last, or is None."""
+    grids = [mel.contiguous(), linear.contiguous()]
     weights = [weight.contiguous() for weight in weights]
     final = [torch.empty_like(grid) for grid in grids]
-    problem = _problem(mel, lin, num_steps, save_every, life_mask, precision)
+    problem = _problem(mel, linear, num_steps, save_every, life_mask, precision)
     saved = 0 if states is None else states.data_ptr()
     _C.rollout(*problem, _addresses(weights), _addresses(grids), _addresses(final), saved)
     return final
 
 
-def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask, precision):
-    """-> gradients of the initial (mel, lin) and of the six parameters."""
-    grads = [grad_mel.contiguous(), grad_lin.contiguous()]
+def rollout_backward(grad_mel, grad_linear, states, weights, num_steps, save_every, life_mask, precision):
+    """-> gradients of the initial mel, of the initial linear and of the weights, a list."""
+    grads = [grad_mel.contiguous(), grad_linear.contiguous()]
     weights = [weight.contiguous() for weight in weights]
     grad_initial = [torch.empty_like(grad) for grad in grads]
     grad_weights = [torch.empty_like(weight) for weight in weights]
-    problem = _problem(grad_mel, grad_lin, num_steps, save_every, life_mask, precision)
+    problem = _problem(grad_mel, grad_linear, num_steps, save_every, life_mask, precision)
     _C.rollout_backward(
         *problem,
         _addresses(weights),
@@ -73,4 +75,4 @@ def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every,
         _addresses(grad_initial),
         _addresses(grad_weights),
     )
-    return grad_initial + grad_weights
+    return *grad_initial, grad_weights

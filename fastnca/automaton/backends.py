@@ -1,25 +1,18 @@
 """Which implementation of the rollout runs, and why another one cannot.
 
-A backend is one predicate: it returns None when the backend can run the request and the reason, as a clause, when
-it cannot. ``auto`` takes the first that can; a backend asked for by name raises with its reason.
+A backend is a module with one predicate, ``why_not``: it returns None when the backend can run the request and the
+reason, as a clause, when it cannot. ``auto`` takes the first that can; a backend asked for by name raises with its
+reason.
 """
 
 import torch
 
-from . import _cpu, _triton
+from . import cpu, reference, triton
 
-PRECISIONS = ("fp32", "tf32", "bf16")
-
-
-def _reference_why_not(device, dtype, num_channels, precision):
-    if precision != "fp32":
-        return f"it computes in the dtype of its input and knows no precision={precision!r}"
-    return None
-
+PRECISIONS = triton.PRECISIONS  # the other backends know some of these
 
 # In the order of preference.
-_WHY_NOT = {"triton": _triton.why_not, "cpu": _cpu.why_not, "reference": _reference_why_not}
-BACKENDS = tuple(_WHY_NOT)
+BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
 def _candidates(device):
@@ -37,7 +30,7 @@ def check_names(backend, precision):
 
 def why_not(backend, *, device="cpu", dtype=torch.float32, num_channels=16, precision="fp32"):
     """None if ``backend`` can run this request, else the reason as a clause."""
-    return _WHY_NOT[backend](torch.device(device), dtype, num_channels, precision)
+    return BACKENDS[backend].why_not(torch.device(device), dtype, num_channels, precision)
 
 
 def choose_backend(backend="auto", *, device="cpu", dtype=torch.float32, num_channels=16, precision="fp32"):
@@ -55,6 +48,11 @@ def choose_backend(backend="auto", *, device="cpu", dtype=torch.float32, num_cha
     raise RuntimeError("; ".join(f"backend {name!r} cannot run: {reason}" for name, reason in reasons.items()))
 
 
+def choose_device(backend="auto"):
+    """Where a model of that backend goes: "cuda" where PyTorch finds a GPU, unless the backend is "cpu"."""
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def fastest_precision(backend):
     """The precision to train in: "bf16" where it is known to be much faster and to learn as well, else "fp32"."""
-    return "bf16" if backend == "cpu" and _cpu.capability() == "amx_bf16" else "fp32"
+    return "bf16" if backend == "cpu" and cpu.capability() == "amx_bf16" else "fp32"

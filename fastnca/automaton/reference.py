@@ -17,6 +17,13 @@ SOBEL_Y = ((-1.0, -2.0, -1.0), (0.0, 0.0, 0.0), (1.0, 2.0, 1.0))
 LAPLACIAN = ((1.0, 2.0, 1.0), (2.0, -12.0, 2.0), (1.0, 2.0, 1.0))
 
 
+def why_not(device, dtype, num_channels, precision):
+    """None if this backend can run the request, else the reason as a clause."""
+    if precision != "fp32":
+        return f"it computes in the dtype of its input and knows no precision={precision!r}"
+    return None
+
+
 def perceive(s):
     """[N, C, H, W] -> [N, 4C, H, W]: the state and its three depthwise stencils, grouped by stencil."""
     channels = s.shape[1]

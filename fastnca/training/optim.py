@@ -4,7 +4,7 @@ import math
 
 import torch
 
-VECTOR_RATE = 0.1  # of the learning rate
+VECTOR_RATE = 0.1  # share of the learning rate that vectors take
 
 
 def orthogonalize(matrix):

@@ -1,4 +1,4 @@
-"""The Triton kernels. Only fastnca._triton imports this module, at its first launch: it imports Triton.
+"""The Triton kernels. Only triton.py imports this module, at its first launch: it imports Triton.
 
 A state is one row of floats: [cells][16] values, all cells of mel before those of lin, then, with the life mask, two
 planes [cells]. The values are what a step computed, alpha already clamped to [0, 1]; the life mask is applied when

@@ -1,0 +1,190 @@
+"""The rollout of both grids: the one door at which inputs are checked, and the fused backends as PyTorch operators.
+
+One autograd node covers the whole rollout of both grids. It keeps states only, 16 or 18 floats per cell, and the
+backward kernels recompute the rest.
+"""
+
+import numbers
+from typing import List, Sequence  # noqa: UP035 (the forms that torch.library of torch 2.6 knows)
+
+import torch
+from torch import Tensor
+from torch.library import infer_schema
+
+from . import reference
+from .backends import BACKENDS, choose_backend
+from .rule import WEIGHT_NAMES, saved_steps, weight_shapes
+
+
+def rollout(
+    mel, linear, weights, num_steps, *, life_mask=True, checkpoint_every=None, precision="fp32", backend="auto"
+):
+    """``num_steps`` steps of both grids -> final (mel, linear). Equivalent to::
+
+        tuple(reference.rollout(grid, weights, num_steps, life_mask) for grid in (mel, linear))
+
+    and differentiable in both grids and all weights, once. Gradients that are finite or NaN are the reference's. Next
+    to an infinite gradient PyTorch multiplies the stencils' zeros by infinity, which gives NaN; the CPU kernels leave
+    these products out and may have an infinity there instead.
+
+    Args:
+        mel, linear: grids [N, 16, H, W], H and W free for each; float32 for the fused backends. The reference takes
+            any number of channels and any floating point type.
+        weights: (w1, b1, w2, b2, w3, b3); for 16 channels the w's are [128, 64, 1, 1], [64, 128, 1, 1] and
+            [16, 64, 1, 1].
+        checkpoint_every: k keeps every k-th state for the backward pass, which replays the steps between. The
+            gradient is the same.
+        precision: of the matrix products, a name that the backend knows.
+        backend: "auto" or a name of ``backends.BACKENDS``.
+
+    Raises:
+        TypeError, ValueError: a type, shape, dtype, device or number that does not fit. RuntimeError: the backend
+        cannot run, and why.
+    """
+    weights = tuple(weights)
+    _check(mel, linear, weights, num_steps, checkpoint_every)
+    backend = choose_backend(
+        backend, device=mel.device, dtype=mel.dtype, num_channels=mel.shape[1], precision=precision
+    )
+    if backend == "reference":
+        return tuple(
+            _reference_rollout(grid, weights, num_steps, life_mask, checkpoint_every) for grid in (mel, linear)
+        )
+    if num_steps == 0:
+        return mel.clone(), linear.clone()
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (mel, linear, *weights))
+    save_every = min(checkpoint_every or 1, num_steps) if differentiable else 0
+    final_mel, final_linear, _ = rollout_op(mel, linear, weights, num_steps, save_every, life_mask, precision, backend)
+    return final_mel, final_linear
+
+
+def _check(mel, linear, weights, num_steps, checkpoint_every):
+    if len(weights) != len(WEIGHT_NAMES):
+        raise ValueError(f"weights must be ({', '.join(WEIGHT_NAMES)}), got {len(weights)} tensors")
+    named = (("mel", mel), ("linear", linear), *zip(WEIGHT_NAMES, weights))
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    num_channels = weights[-1].shape[0] if weights[-1].dim() == 1 else 0
+    for name, grid in named[:2]:
+        if grid.dim() != 4 or grid.shape[1] != num_channels or 0 in grid.shape:
+            raise ValueError(
+                f"{name} must have shape [N, {num_channels}, H, W] without an empty axis, got {list(grid.shape)}"
+            )
+    if mel.shape[0] != linear.shape[0]:
+        raise ValueError(f"mel and linear must have the same batch size, got {mel.shape[0]} and {linear.shape[0]}")
+    for (name, weight), shape in zip(named[2:], weight_shapes(num_channels)):
+        if weight.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+    dtype, device = weights[0].dtype, weights[0].device
+    for name, tensor in named:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the weights' dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the weights' device {device}, got {tensor.device}")
+    if not isinstance(num_steps, numbers.Integral) or num_steps < 0:
+        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
+    if checkpoint_every is not None and (not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1):
+        raise ValueError(f"checkpoint_every must be None or an integer of at least 1, got {checkpoint_every!r}")
+
+
+def _reference_rollout(grid, weights, num_steps, life_mask, checkpoint_every):
+    if checkpoint_every is None or not torch.is_grad_enabled():
+        return reference.rollout(grid, weights, num_steps, life_mask)
+    from torch.utils.checkpoint import checkpoint
+
+    for done in range(0, num_steps, checkpoint_every):
+        steps = min(checkpoint_every, num_steps - done)
+        grid = checkpoint(reference.rollout, grid, weights, steps, life_mask, use_reentrant=False)
+    return grid
+
+
+def _new_states(mel, linear, num_steps, save_every, life_mask, backend):
+    """Memory for the saved states of a rollout, none with ``save_every=0``."""
+    if save_every == 0:
+        return mel.new_empty(0)
+    floats = BACKENDS[backend].state_floats(mel, linear, life_mask)
+    return mel.new_empty(len(saved_steps(num_steps, save_every)), floats)
+
+
+def _operator(function):
+    """Defines ``torch.ops.fastnca.<name>``. (``torch.library.custom_op`` would import TorchDynamo, and with it Triton,
+    at the first call: a second on a CPU that needs neither.)"""
+    name = f"fastnca::{function.__name__.removesuffix('_op')}"
+    torch.library.define(name, infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default")(function)
+    return getattr(torch.ops.fastnca, name.removeprefix("fastnca::")).default
+
+
+@_operator
+def rollout_op(
+    mel: Tensor,
+    linear: Tensor,
+    weights: Sequence[Tensor],
+    num_steps: int,
+    save_every: int,
+    life_mask: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> final mel, final linear, saved states in the backend's own layout."""
+    states = _new_states(mel, linear, num_steps, save_every, life_mask, backend)
+    saved = states if save_every else None
+    options = num_steps, max(save_every, 1), life_mask, precision
+    final_mel, final_linear = BACKENDS[backend].rollout(mel, linear, weights, *options, saved)
+    return final_mel, final_linear, states
+
+
+@torch.library.register_fake("fastnca::rollout")
+def _(mel, linear, weights, num_steps, save_every, life_mask, precision, backend):
+    final = [torch.empty_like(grid, memory_format=torch.contiguous_format) for grid in (mel, linear)]
+    return *final, _new_states(mel, linear, num_steps, save_every, life_mask, backend)
+
+
+@_operator
+def rollout_backward_op(
+    grad_mel: Tensor,
+    grad_linear: Tensor,
+    states: Tensor,
+    weights: Sequence[Tensor],
+    num_steps: int,
+    save_every: int,
+    life_mask: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, List[Tensor]]:  # noqa: UP006
+    """-> gradients of the initial mel, of the initial linear and of the weights."""
+    options = num_steps, save_every, life_mask, precision
+    return BACKENDS[backend].rollout_backward(grad_mel, grad_linear, states, weights, *options)
+
+
+@torch.library.register_fake("fastnca::rollout_backward")
+def _(grad_mel, grad_linear, states, weights, num_steps, save_every, life_mask, precision, backend):
+    mel, linear, *weights = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (grad_mel, grad_linear, *weights)
+    )
+    return mel, linear, weights
+
+
+def _setup_context(ctx, inputs, output):
+    mel, linear, weights, num_steps, save_every, life_mask, precision, backend = inputs
+    states = output[2]
+    ctx.mark_non_differentiable(states)
+    # A zero gradient for the states would be as large as they are.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(states, *weights)
+    ctx.shapes = mel.shape, linear.shape
+    ctx.arguments = num_steps, save_every, life_mask, precision, backend
+
+
+def _backward(ctx, grad_mel, grad_linear, _):
+    states, *weights = ctx.saved_tensors
+    if ctx.arguments[1] == 0:
+        raise RuntimeError("this rollout saved no states (save_every=0): it cannot be differentiated")
+    grads = [
+        states.new_zeros(shape) if grad is None else grad for grad, shape in zip((grad_mel, grad_linear), ctx.shapes)
+    ]
+    return *rollout_backward_op(*grads, states, weights, *ctx.arguments), None, None, None, None, None
+
+
+torch.library.register_autograd("fastnca::rollout", _backward, setup_context=_setup_context)

@@ -1,0 +1,250 @@
+"""The growth of one sound: training as a sequence of events. It knows no terminal, no signals and no folder."""
+
+import hashlib
+import os
+import threading
+from dataclasses import dataclass, replace
+
+from . import __version__
+from .automaton import backends
+from .files import read_safetensors, write_safetensors
+from .settings import RunSettings
+from .sound import metrics
+from .sound.convention import N_FFT, as_samples
+from .sound.files import load_audio
+from .sound.spectrogram import analyze
+from .sound.vocoder import resolve_vocoder
+from .sound_model import GrownSound, SoundCard, SoundModel
+from .training.trainer import Trainer
+
+CHECKPOINT_VERSION = 5  # a checkpoint of another version cannot be resumed
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An epoch has ended. row: its numbers, see ``Trainer.train_epoch``; progress: the spent share of the budget."""
+
+    row: dict
+    progress: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Training diverged in this epoch: it goes on from its lowest loss at half the learning rate."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class PictureDue:
+    """The recipe wants a picture of what grows now."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class CheckpointDue:
+    """It is time to save what has been learned."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class TrainingDone:
+    """Training has ended, because its budget is spent or because somebody stopped it; decoding follows."""
+
+    epoch: int
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """The sound has grown. It is the last event."""
+
+    sound: GrownSound
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on as if it had never been interrupted.
+
+    settings: what it was started with. tensors, numbers: of ``Trainer.state_dict``, the weights, the optimizer's state
+    and the best so far among them. fingerprint: of the target, so that it goes on with the same sound.
+    """
+
+    settings: RunSettings
+    tensors: dict
+    numbers: dict
+    fingerprint: str
+
+    def save(self, path):
+        """Write the checkpoint to one safetensors file, atomically."""
+        metadata = {"settings": self.settings.to_dict(), "trainer": self.numbers, "fingerprint": self.fingerprint}
+        write_safetensors(path, self.tensors, "checkpoint", CHECKPOINT_VERSION, metadata)
+
+    @classmethod
+    def load(cls, path):
+        """Raises FileNotFoundError, or ValueError for what is no checkpoint or of another version."""
+        tensors, version, metadata = read_safetensors(path, "checkpoint")
+        if version != CHECKPOINT_VERSION:
+            raise ValueError(
+                f"{path} has version {version}, and this fastnca goes on with version {CHECKPOINT_VERSION}; go on with "
+                "the fastnca that started the run, or start over with --force"
+            )
+        try:
+            settings = RunSettings.from_dict(metadata["settings"])
+            return cls(settings, tensors, metadata["trainer"], metadata["fingerprint"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: its header is incomplete ({error!r})") from error
+
+
+class Growth:
+    """One sound being learned.
+
+    Making one checks everything that can be checked; :meth:`events` does the work. While one thread takes the events,
+    others may call :meth:`pause`, :meth:`go_on`, :meth:`stop` and :meth:`grown`.
+
+    Args:
+        source: the path of a recording, or samples [n] at 22.05 kHz.
+        settings: RunSettings.
+        checkpoint: where an interrupted run goes on.
+        checkpoint_every_epochs: epochs between two CheckpointDue.
+
+    Raises:
+        ValueError, TypeError, OSError: bad input, said in one line. RuntimeError: a backend that cannot run here.
+    """
+
+    def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=10):
+        if checkpoint_every_epochs < 1:
+            raise ValueError(f"checkpoint_every_epochs must be at least 1, got {checkpoint_every_epochs}")
+        self.settings = settings
+        self.checkpoint_every_epochs = checkpoint_every_epochs
+        device = backends.choose_device(settings.backend)
+        backend = backends.choose_backend(settings.backend, device=device)
+        precision = settings.precision if settings.precision != "auto" else backends.fastest_precision(backend)
+        backends.choose_backend(backend, device=device, precision=precision)
+        self.source = None  # what was found in the file, an AudioInfo
+        if isinstance(source, (str, os.PathLike)):
+            self.samples, self.source = load_audio(source, settings.duration)
+        else:
+            self.samples = as_samples(source, minimum=2 * N_FFT)
+        self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
+        self.target = analyze(self.samples, self.vocoder.bands)
+        grids = self.target.mel_db.numpy().tobytes() + self.target.linear_db.numpy().tobytes()
+        self.fingerprint = hashlib.sha256(grids).hexdigest()
+        self.trainer = Trainer(
+            [self.target],
+            settings.recipe,
+            settings.budget,
+            seed=settings.seed,
+            backend=backend,
+            precision=precision,
+            device=device,
+        )
+        if checkpoint:
+            if checkpoint.fingerprint != self.fingerprint:
+                raise ValueError(
+                    "the run was started on another sound or other mel bands; give it the same audio file, vocoder and "
+                    "duration, or start over with --force"
+                )
+            self.trainer.load_state_dict(checkpoint.tensors, checkpoint.numbers)
+        self._running, self._stopped = threading.Event(), threading.Event()
+        self._running.set()
+        self._present = self._snapshot()
+
+    def pause(self):
+        """Hold training after the present epoch, until :meth:`go_on` or :meth:`stop`."""
+        self._running.clear()
+
+    def go_on(self):
+        self._running.set()
+
+    def stop(self):
+        """End training after the present epoch; the sound that has grown by then is decoded."""
+        self._stopped.set()
+        self._running.set()
+
+    @property
+    def stopped(self):
+        return self._stopped.is_set()
+
+    def events(self):
+        """Train, and yield what happens; see the event classes above.
+
+        Raises TrainingDiverged where training went wrong for good. The growth is then at its lowest loss.
+        """
+        trainer = self.trainer
+        while trainer.progress < 1.0 and not self.stopped:
+            self._running.wait()
+            if self.stopped:
+                break
+            setbacks = trainer.setbacks
+            try:
+                row = trainer.train_epoch()
+            finally:
+                self._present = self._snapshot()
+            if trainer.setbacks > setbacks:
+                yield Setback(trainer.epoch)
+            yield EpochDone(row, trainer.progress, max(0.0, trainer.seconds * (1.0 / trainer.progress - 1.0)))
+            if trainer.epoch % self.settings.recipe.picture_every_epochs == 0:
+                yield PictureDue(trainer.epoch)
+            if trainer.epoch % self.checkpoint_every_epochs == 0:
+                yield CheckpointDue(trainer.epoch)
+        yield TrainingDone(trainer.epoch, self.stopped)
+        yield Done(self.sound())
+
+    def _snapshot(self):
+        """The weights as they are after an epoch, for threads that ask while the next one changes them."""
+        return {name: tensor.clone() for name, tensor in self.trainer.model.state_dict().items()}
+
+    def model(self):
+        """What has been learned by the end of the last epoch, as a SoundModel of its own."""
+        automaton = self.trainer.model
+        copy = type(automaton)(**automaton.config, backend=automaton.backend, precision=automaton.precision)
+        present = self._present
+        copy.load_state_dict(present)
+        return SoundModel(copy.to(next(iter(present.values())).device), self.card, self.vocoder)
+
+    @property
+    def card(self):
+        settings = self.settings
+        return SoundCard(
+            self.target.scale,
+            self.target.n_frames,
+            settings.recipe.num_steps,
+            settings.vocoder,
+            settings.bigvgan,
+            settings.recipe.name,
+            self.trainer.epoch,
+        )
+
+    def grown(self):
+        """What the model grows now -> DualSpectrogram. Any thread may ask at any time."""
+        model = self.model()
+        return self.target.with_grids(*model.automaton.grow(model.card.n_frames, model.card.num_steps))
+
+    def checkpoint(self):
+        """-> Checkpoint; only for the thread that takes the events."""
+        tensors, numbers = self.trainer.state_dict()
+        return Checkpoint(self.settings, tensors, numbers, self.fingerprint)
+
+    def sound(self):
+        """What the model grows now, decoded and compared with the recording -> GrownSound."""
+        trainer, sound = self.trainer, self.model().grow()
+        result = {
+            "fastnca": __version__,
+            "recipe": self.settings.recipe.name,
+            "seed": self.settings.seed,
+            "epochs": trainer.epoch,
+            "training_seconds": trainer.seconds,
+            "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
+            "setbacks": trainer.setbacks,
+            "backend": trainer.model.backend,
+            "precision": trainer.model.precision,
+            "vocoder": self.vocoder.name,
+            "n_frames": self.target.n_frames,
+            **metrics.grid_metrics(sound.spectrogram, self.target),
+            **metrics.compare(self.samples, sound.samples),
+        }
+        return replace(sound, metrics=result)

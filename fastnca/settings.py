@@ -1,0 +1,80 @@
+"""The settings of a run: what was asked for, merged with what an interrupted run was started with."""
+
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from .training.recipes import RECIPES, Recipe, find_recipe
+from .training.trainer import Budget
+
+DEFAULT_MINUTES = 10.0
+FIXED = ("recipe", "duration", "seed")  # a run that goes on cannot change these
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides what a run learns and how.
+
+    recipe: a Recipe. epochs, minutes: the budget of training in all, whichever ends first; without either, 10 minutes.
+    duration: seconds of the recording to use. seed: of every random choice. vocoder, bigvgan: see
+    ``vocoder.resolve_vocoder``. backend: "auto" or a name of ``backends.BACKENDS``. precision: of the matrix products
+    in training; "auto" takes bf16 where the processor has tile registers for it (AMX).
+    """
+
+    recipe: Recipe = field(default_factory=lambda: RECIPES["default"])
+    epochs: int | None = None
+    minutes: float | None = None
+    duration: float = 3.0
+    seed: int = 0
+    vocoder: str = "auto"
+    bigvgan: str | None = None
+    backend: str = "auto"
+    precision: str = "auto"
+
+    @property
+    def budget(self):
+        return Budget(self.epochs, self.minutes)
+
+    @classmethod
+    def merge(cls, given, stored=None):
+        """The settings of a run that is asked for by ``given``.
+
+        Args:
+            given: {name: value}; None means the default or what is stored. A recipe may be a name.
+            stored: the RunSettings of the run that goes on, if one does.
+
+        Raises ValueError for unknown names, a value that the run cannot change, and a budget that is none.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        unknown = given.keys() - {each.name for each in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        if "recipe" in given:
+            given["recipe"] = find_recipe(given["recipe"])
+        if os.path.isdir(given.get("bigvgan", "")):
+            given["bigvgan"] = os.path.abspath(given["bigvgan"])
+        for name in FIXED:
+            before = getattr(stored, name, None)
+            if stored and given.get(name, before) != before:
+                wanted = given[name]
+                if name == "recipe":
+                    before, wanted = before.name, wanted.name
+                    wanted = f"another {wanted}" if wanted == before else wanted
+                raise ValueError(
+                    f"the run was started with {name} {before!r}, which cannot become {wanted!r}; "
+                    "resume without it, or start over with --force"
+                )
+        if "epochs" in given or "minutes" in given:
+            given = {"epochs": None, "minutes": None, **given}
+        settings = replace(stored or cls(), **given)
+        if settings.epochs is None and settings.minutes is None:
+            settings = replace(settings, minutes=DEFAULT_MINUTES)
+        _ = settings.budget  # raises where it is none
+        return settings
+
+    def to_dict(self):
+        """A JSON-serializable dict; :meth:`from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        return cls(**{**values, "recipe": Recipe(**values["recipe"])})

@@ -1,0 +1,1 @@
+"""Sound: files, spectrograms, vocoders, pictures, metrics. Nothing in here knows what an automaton is."""

@@ -1,0 +1,179 @@
+"""A model that has learned a sound: what its file holds, how it grows and how what it grew is decoded."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from .automaton.backends import check_names, choose_backend, choose_device
+from .files import read_safetensors, write_safetensors
+from .model import DualSpecTNCA, frame_times
+from .sound.convention import MelBands, within_full_scale
+from .sound.files import write_wav
+from .sound.spectrogram import DualSpectrogram, Scale
+from .sound.vocoder import Vocoder, resolve_vocoder
+
+MODEL_FILE = "model.safetensors"
+MODEL_VERSION = 2  # of the file; versions from 2 on stay readable
+MIN_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class SoundCard:
+    """What a model file says about the sound that the model learned.
+
+    scale: what its decibels mean. n_frames, num_steps: what it was trained for. vocoder, bigvgan: the choice that
+    decodes it, see ``vocoder.resolve_vocoder``. recipe: the name of its recipe. epochs: how long it has learned.
+    """
+
+    scale: Scale
+    n_frames: int
+    num_steps: int
+    vocoder: str
+    bigvgan: str | None
+    recipe: str
+    epochs: int
+
+    @classmethod
+    def from_dict(cls, fields):
+        """From what ``dataclasses.asdict`` made of one, also after JSON."""
+        scale = dict(fields["scale"])
+        scale["bands"] = MelBands(**scale["bands"])
+        return cls(**{**fields, "scale": Scale(**scale)})
+
+
+@dataclass(frozen=True, eq=False)
+class GrownSound:
+    """A sound that a model grew.
+
+    samples: float32 array [n] at 22.05 kHz, within full scale. spectrogram: the grids that it was decoded from.
+    model: the SoundModel that grew it. gain: below 1 where the decoded sound had to be made quieter by that factor to
+    stay within full scale. metrics: distances from the recording, where it was grown beside one.
+    """
+
+    samples: np.ndarray = field(repr=False)
+    spectrogram: DualSpectrogram = field(repr=False)
+    model: "SoundModel" = field(repr=False)
+    gain: float = 1.0
+    metrics: dict = field(default_factory=dict)
+
+    def save(self, path):
+        """Write a WAV file, mono, 24 bit; ``path`` holds the old file or the whole new one."""
+        write_wav(path, self.samples)
+
+
+@dataclass(frozen=True, eq=False)
+class SoundModel:
+    """An automaton, the card of the sound that it has learned, and the vocoder that decodes what it grows."""
+
+    automaton: DualSpecTNCA
+    card: SoundCard
+    vocoder: Vocoder
+
+    def grow(self, n_frames=None, num_steps=None, time="stretch"):
+        """Grow the sound from its seed and decode it -> GrownSound.
+
+        Args:
+            n_frames: of 256 samples each; as long as the recording if not given.
+            num_steps: its age; that of its training if not given.
+            time: what another number of frames does, "stretch" or "sustain", see ``model.frame_times``.
+
+        Raises ValueError for numbers that are too small, and for "sustain" where the recipe knows no place in time.
+
+        >>> sound = fastnca.load("violin").grow(n_frames=400, time="sustain")
+        >>> sound.save("long.wav")
+        """
+        n_frames, num_steps, times = self.plan(n_frames, num_steps, time)
+        return self.decode(*self.automaton.grow(n_frames, num_steps, times))
+
+    def plan(self, n_frames=None, num_steps=None, time="stretch"):
+        """Checks and completes the arguments of :meth:`grow` -> (n_frames, num_steps, places of the frames)."""
+        n_frames = self.card.n_frames if n_frames is None else n_frames
+        num_steps = self.card.num_steps if num_steps is None else num_steps
+        if n_frames < MIN_FRAMES:
+            raise ValueError(f"frames must be at least {MIN_FRAMES} (about 0.1 s), got {n_frames}")
+        if num_steps < 0:
+            raise ValueError(f"steps must be at least 0, got {num_steps}")
+        times = frame_times(n_frames, self.card.n_frames, time)
+        if time == "sustain" and not any(axis == "t" for _, axis, _ in self.automaton.coordinates):
+            raise ValueError(f"time cannot sustain: the model's recipe, {self.card.recipe}, has no time coordinates")
+        return n_frames, num_steps, times
+
+    def decode(self, mel_db, linear_db):
+        """Grown grids [80, T] and [513, T] in dB -> GrownSound; deterministic."""
+        spectrogram = DualSpectrogram(mel_db, linear_db, self.card.scale)
+        samples, gain = within_full_scale(self.vocoder.decode(spectrogram))
+        return GrownSound(samples, spectrogram, self, gain)
+
+    def save(self, path):
+        """Write one self-contained model file, atomically; :func:`load` reads it."""
+        save_model(path, self.automaton, self.card)
+
+
+def save_model(path, model, card=None):
+    """Write a DualSpecTNCA to one safetensors file, atomically: its weights, its configuration and, if it has learned a
+    sound, its SoundCard.
+
+    >>> save_model("rule.safetensors", DualSpecTNCA())
+    >>> model, card = load_model("rule.safetensors")
+    """
+    metadata = {"config": model.config, "sound": None if card is None else asdict(card)}
+    write_safetensors(path, model.state_dict(), "model", MODEL_VERSION, metadata)
+
+
+def load_model(path, backend="auto", precision="fp32"):
+    """Read what :func:`save_model` wrote -> (DualSpecTNCA, SoundCard or None).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: damaged, truncated, not a fastnca model, or of a newer version.
+    """
+    check_names(backend, precision)
+    tensors, version, metadata = read_safetensors(path, "model")
+    if version > MODEL_VERSION:
+        raise ValueError(
+            f"{path} has version {version}, and this fastnca reads models up to {MODEL_VERSION}: update it"
+        )
+    try:
+        model = DualSpecTNCA(**metadata["config"], backend=backend, precision=precision)
+        model.load_state_dict(tensors)
+        card = None if metadata["sound"] is None else SoundCard.from_dict(metadata["sound"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its configuration and its weights do not fit ({error})") from error
+    return model, card
+
+
+def find_model_file(path):
+    """The model file that ``path`` is or that the run's folder ``path`` holds. Raises FileNotFoundError."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / MODEL_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"no {MODEL_FILE} in {path.parent}; give a folder that fastnca grow wrote")
+    elif not path.is_file():
+        raise FileNotFoundError(f"no such file or folder: {path}; give what fastnca grow wrote, or its {MODEL_FILE}")
+    return path
+
+
+def load(path, *, backend="auto", vocoder=None, bigvgan=None):
+    """A sound that was learned, ready to grow again -> SoundModel.
+
+    Args:
+        path: the folder that ``fastnca grow`` or :func:`fastnca.grow` wrote, or a model file.
+        backend: where it grows, "auto" or a name from ``fastnca info``.
+        vocoder, bigvgan: another choice than the model's own, see ``vocoder.resolve_vocoder``.
+
+    Raises FileNotFoundError, ValueError for what is not a learned sound, RuntimeError for a backend that cannot run.
+
+    >>> sound = fastnca.load("violin").grow()
+    >>> sound.save("violin_again.wav")
+    """
+    path = find_model_file(path)
+    device = choose_device(backend)
+    choose_backend(backend, device=device)
+    automaton, card = load_model(path, backend=backend)
+    if card is None:
+        raise ValueError(f"{path} does not say what its grids sound like; grow it with fastnca grow")
+    card = replace(card, vocoder=vocoder or card.vocoder, bigvgan=bigvgan or card.bigvgan)
+    decoder = resolve_vocoder(card.vocoder, card.bigvgan)
+    decoder.check(card.scale.bands)
+    return SoundModel(automaton.to(device), card, decoder)

@@ -1,0 +1,1 @@
+"""How a model learns sounds: recipes, losses, optimizers, the trainer."""
