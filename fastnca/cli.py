@@ -148,6 +148,7 @@ def _grow(audio, out, tensorboard=False, **options):
         for line in (growth.source, growth.vocoder.hint):
             if line:
                 terminal.print(str(line))
+        terminal.show_progress(growth.trainer.progress, "first epoch")
         for event in folder.record(growth):
             for listener in listeners:
                 listener(event)
@@ -301,8 +302,8 @@ def info():
 
     import torch
 
-    from . import __version__
     from .automaton import backends
+    from .version import __version__
 
     typer.echo(f"fastnca {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "triton", "numpy", "librosa", "soundfile", "bigvgan", "auraloss", "huggingface_hub"):

@@ -1,11 +1,11 @@
 """The growth of one sound: training as a sequence of events. It knows no terminal, no signals and no folder."""
 
+import copy
 import hashlib
 import os
 import threading
 from dataclasses import dataclass, replace
 
-from . import __version__
 from .automaton import backends
 from .files import read_safetensors, write_safetensors
 from .settings import RunSettings
@@ -16,6 +16,7 @@ from .sound.spectrogram import analyze
 from .sound.vocoder import resolve_vocoder
 from .sound_model import GrownSound, SoundCard, SoundModel
 from .training.trainer import Trainer
+from .version import __version__
 
 CHECKPOINT_VERSION = 5  # a checkpoint of another version cannot be resumed
 
@@ -200,11 +201,9 @@ class Growth:
 
     def model(self):
         """What has been learned by the end of the last epoch, as a SoundModel of its own."""
-        automaton = self.trainer.model
-        copy = type(automaton)(**automaton.config, backend=automaton.backend, precision=automaton.precision)
-        present = self._present
-        copy.load_state_dict(present)
-        return SoundModel(copy.to(next(iter(present.values())).device), self.card, self.vocoder)
+        automaton = copy.deepcopy(self.trainer.model)
+        automaton.load_state_dict(self._present)
+        return SoundModel(automaton, self.card, self.vocoder)
 
     @property
     def card(self):

@@ -117,7 +117,7 @@ class RunFolder:
         """Write the losses, a usable model and, last, the checkpoint; each file is whole or the one before."""
         text = io.StringIO(newline="")
         if self.losses:
-            rows = csv.DictWriter(text, self.losses[-1].keys(), extrasaction="ignore")
+            rows = csv.DictWriter(text, self.losses[0].keys())
             rows.writeheader()
             rows.writerows(self.losses)
         with atomic_write(self.path / LOSSES_FILE) as file:

@@ -1,7 +1,7 @@
 """The settings of a run: what was asked for, merged with what an interrupted run was started with."""
 
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from .training.recipes import RECIPES, Recipe, find_recipe
 from .training.trainer import Budget
@@ -42,33 +42,27 @@ class RunSettings:
             given: {name: value}; None means the default or what is stored. A recipe may be a name.
             stored: the RunSettings of the run that goes on, if one does.
 
-        Raises ValueError for unknown names, a value that the run cannot change, and a budget that is none.
+        Raises TypeError for an unknown name, and ValueError for a value that the run cannot change or no budget at all.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        unknown = given.keys() - {each.name for each in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         if "recipe" in given:
             given["recipe"] = find_recipe(given["recipe"])
         if os.path.isdir(given.get("bigvgan", "")):
             given["bigvgan"] = os.path.abspath(given["bigvgan"])
-        for name in FIXED:
-            before = getattr(stored, name, None)
-            if stored and given.get(name, before) != before:
-                wanted = given[name]
-                if name == "recipe":
-                    before, wanted = before.name, wanted.name
-                    wanted = f"another {wanted}" if wanted == before else wanted
+        for name in FIXED if stored else ():
+            before = getattr(stored, name)
+            if given.get(name, before) != before:
+                before, wanted = (getattr(value, "name", value) for value in (before, given[name]))
                 raise ValueError(
-                    f"the run was started with {name} {before!r}, which cannot become {wanted!r}; "
-                    "resume without it, or start over with --force"
+                    f"the run was started with {name} {before!r}, which cannot become "
+                    f"{'another' if before == wanted else repr(wanted)}; resume without it, or start over with --force"
                 )
         if "epochs" in given or "minutes" in given:
             given = {"epochs": None, "minutes": None, **given}
         settings = replace(stored or cls(), **given)
         if settings.epochs is None and settings.minutes is None:
             settings = replace(settings, minutes=DEFAULT_MINUTES)
-        _ = settings.budget  # raises where it is none
+        Budget(settings.epochs, settings.minutes)  # raises where they make no budget
         return settings
 
     def to_dict(self):
