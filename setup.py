@@ -4,6 +4,7 @@ kernels.cpp is compiled once per instruction set, with that set's flags on that 
 binary may use them, and the best set is chosen at run time. FASTNCA_BUILD_EXT=0 installs without the extension.
 """
 
+import glob
 import os
 import platform
 
@@ -48,7 +49,7 @@ class BuildKernels(build_ext):
 extension = Extension(
     "fastnca._C",
     sources=["csrc/dispatch.cpp", "csrc/module.cpp", "csrc/rollout.cpp"],
-    depends=["csrc/fastnca.h", "csrc/threads.h", "csrc/kernels.cpp"],
+    depends=[*sorted(glob.glob("csrc/*.h")), "csrc/kernels.cpp"],  # the sdist takes its files from here too
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread"],
     py_limited_api=True,
