@@ -61,8 +61,8 @@ private:
 // GCC does not see that AMX instructions read memory: what was stored there before must not be delayed.
 FASTNCA_INLINE void finish_stores(const void* to) { __asm__ volatile("" : : "r"(to) : "memory"); }
 
-// While it lives, the thread's AMX registers are ready for products over rows of so many words: 0...3 hold sums, 4 and 5
-// the left factor, 6 and 7 the right one.
+// While it lives, the thread's AMX registers are ready for products over rows of so many words: 0...3 hold sums, 4 and
+// 5 the left factor, 6 and 7 the right one.
 class AmxRegisters {
 public:
     explicit AmxRegisters(int words) {

@@ -435,7 +435,8 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
 
         // Each layer's gradient takes the place of its output once that has been used.
         const auto* delta = Operand::convert(delta_floats, whole_sums * kChannels, scratch.update);
-        const auto* inputs = Operand::template inputs_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.inputs_by_cells);
+        const auto* inputs =
+            Operand::template inputs_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.inputs_by_cells);
         const auto* deltas = Operand::template deltas_by_cells<kChannels>(delta, whole_sums, scratch.deltas_by_cells);
         Matrix<Operand, kHidden2, kChannels>::accumulate(inputs, deltas, cells, gradients.w3);
         accumulate_bias<Operand, kChannels>(deltas, cells, gradients.b3);
