@@ -4,6 +4,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include <cstdint>
 #include <cstdlib>
 
 #include "fastnca.h"
@@ -28,15 +29,35 @@ struct ParsedProblem {
     }
 };
 
-template <class T>
-T* address(unsigned long long value) {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(value));
-}
+float* address(unsigned long long value) { return reinterpret_cast<float*>(static_cast<uintptr_t>(value)); }
 
-Weights weights_at(const unsigned long long (&a)[6]) {
-    return {address<const float>(a[0]), address<const float>(a[1]), address<const float>(a[2]),
-            address<const float>(a[3]), address<const float>(a[4]), address<const float>(a[5])};
-}
+// An argument that is a tuple of `count` addresses; parse() is for the format "O&" of PyArg_ParseTuple.
+template <int count>
+struct Addresses {
+    float* at[count];
+
+    static int parse(PyObject* argument, void* addresses) {
+        if (!PyTuple_Check(argument)) {
+            PyErr_Format(PyExc_TypeError, "expected a tuple of %d addresses, not %R", count, Py_TYPE(argument));
+            return false;
+        }
+        if (PyTuple_Size(argument) != count) {
+            PyErr_Format(PyExc_ValueError, "expected %d addresses, got %zd", count, PyTuple_Size(argument));
+            return false;
+        }
+        for (int i = 0; i < count; i++) {
+            const unsigned long long value = PyLong_AsUnsignedLongLong(PyTuple_GetItem(argument, i));
+            if (PyErr_Occurred()) return false;
+            static_cast<Addresses*>(addresses)->at[i] = address(value);
+        }
+        return true;
+    }
+};
+
+// In the order w1, b1, w2, b2, w3, b3.
+using Parameters = Addresses<6>;
+
+Weights weights_at(const Parameters& p) { return {p.at[0], p.at[1], p.at[2], p.at[3], p.at[4], p.at[5]}; }
 
 bool can_multiply(int bf16) {
     if (!bf16 || active_kernels().bf16) return true;
@@ -51,37 +72,34 @@ PyObject* finished(bool success) {
 
 PyObject* py_rollout(PyObject*, PyObject* args) {
     ParsedProblem parsed;
-    unsigned long long w[6], initial[2], final[2], states;
-    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "(KKKKKK)(KK)(KK)K", PROBLEM_TARGETS(parsed), &w[0], &w[1], &w[2],
-                          &w[3], &w[4], &w[5], &initial[0], &initial[1], &final[0], &final[1], &states))
+    Parameters weights;
+    Addresses<2> initial, final;
+    unsigned long long states;
+    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "O&O&O&K", PROBLEM_TARGETS(parsed), weights.parse, &weights,
+                          initial.parse, &initial, final.parse, &final, &states))
         return nullptr;
     if (!can_multiply(parsed.bf16)) return nullptr;
-    const float* const inputs[2] = {address<const float>(initial[0]), address<const float>(initial[1])};
-    float* const outputs[2] = {address<float>(final[0]), address<float>(final[1])};
     bool success;
     Py_BEGIN_ALLOW_THREADS
-    success = rollout(parsed.problem(), weights_at(w), inputs, outputs, address<float>(states));
+    success = rollout(parsed.problem(), weights_at(weights), initial.at, final.at, address(states));
     Py_END_ALLOW_THREADS
     return finished(success);
 }
 
 PyObject* py_rollout_backward(PyObject*, PyObject* args) {
     ParsedProblem parsed;
-    unsigned long long w[6], states, gradient_final[2], gradient_initial[2], gw[6];
-    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "(KKKKKK)K(KK)(KK)(KKKKKK)", PROBLEM_TARGETS(parsed), &w[0], &w[1],
-                          &w[2], &w[3], &w[4], &w[5], &states, &gradient_final[0], &gradient_final[1],
-                          &gradient_initial[0], &gradient_initial[1], &gw[0], &gw[1], &gw[2], &gw[3], &gw[4],
-                          &gw[5]))
+    Parameters weights, gradient_weights;
+    Addresses<2> gradient_final, gradient_initial;
+    unsigned long long states;
+    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "O&KO&O&O&", PROBLEM_TARGETS(parsed), weights.parse, &weights, &states,
+                          gradient_final.parse, &gradient_final, gradient_initial.parse, &gradient_initial,
+                          gradient_weights.parse, &gradient_weights))
         return nullptr;
     if (!can_multiply(parsed.bf16)) return nullptr;
-    const float* const inputs[2] = {address<const float>(gradient_final[0]), address<const float>(gradient_final[1])};
-    float* const outputs[2] = {address<float>(gradient_initial[0]), address<float>(gradient_initial[1])};
-    float* const weight_outputs[6] = {address<float>(gw[0]), address<float>(gw[1]), address<float>(gw[2]),
-                                      address<float>(gw[3]), address<float>(gw[4]), address<float>(gw[5])};
     bool success;
     Py_BEGIN_ALLOW_THREADS
-    success = rollout_backward(parsed.problem(), weights_at(w), address<const float>(states), inputs, outputs,
-                               weight_outputs);
+    success = rollout_backward(parsed.problem(), weights_at(weights), address(states), gradient_final.at,
+                               gradient_initial.at, gradient_weights.at);
     Py_END_ALLOW_THREADS
     return finished(success);
 }
