@@ -2,7 +2,6 @@
 #include "fastnca.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -36,7 +35,7 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Linux lets a process use the tile registers when it asks.
+// Linux lets a process use the registers of AMX when it asks.
 bool has_amx_bf16() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,7 +1,7 @@
 // The C++ interface between the rollout driver and the kernels, which are compiled once per instruction set.
 //
 // A state is stored channels-last, [grid][n][y][x][16], and holds u: the result of a step BEFORE alpha is clamped and
-// the cell is masked by the life of its neighbours. Both are applied when a state is read, so a step needs only one
+// the cell is masked by the life of its neighbors. Both are applied when a state is read, so a step needs only one
 // pass, and the backward pass finds the clamp's gate in the saved state instead of recomputing it.
 #pragma once
 
@@ -107,13 +107,25 @@ struct Problem {
     int64_t batch;
     int64_t height[2], width[2];  // mel, linear
     int64_t num_steps;
-    int64_t save_every;  // every save_every-th state is saved, and the last one
+    int64_t save_every;  // as in SavedStates
     bool life_mask;
     bool bf16;  // only where the active kernels have it
     int threads;
 };
 
-// `states` holds the states 0, save_every, 2 save_every, ... and the last one, or is null: then nothing is saved.
+// The states that a rollout saves, one after the other: those after 0, every, 2 every, ... steps, and the last one.
+struct SavedStates {
+    int64_t num_steps, every;
+
+    int64_t count() const { return index(num_steps) + 1; }
+    bool has(int64_t step) const { return step % every == 0 || step == num_steps; }
+    // Of a saved state.
+    int64_t index(int64_t step) const { return (step + every - 1) / every; }
+    // The last step before this one whose state is saved.
+    int64_t before(int64_t step) const { return (step - 1) / every * every; }
+};
+
+// `states` holds the SavedStates, or is null: then rollout() saves nothing.
 // Both return false when memory runs out.
 bool rollout(const Problem&, const Weights&, const float* const initial[2], float* const final[2], float* states);
 bool rollout_backward(const Problem&, const Weights&, const float* states, const float* const gradient_final[2],

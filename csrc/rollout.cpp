@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -148,15 +147,6 @@ void load_planar_gradient(const Plan& plan, int64_t i, const float* const (&plan
     read_planar(plan.planar(planar, i), tile, extended + (tile.width + 2 + 1) * kChannels, tile.width + 2);
 }
 
-// Saved states of a rollout: those of the steps 0, every, 2 every, ... and of the last step.
-struct SavedStates {
-    int64_t num_steps, every, floats;
-
-    bool has(int64_t step) const { return step % every == 0 || step == num_steps; }
-    int64_t last() const { return divide_up(num_steps, every); }
-    int64_t offset(int64_t step) const { return (step == num_steps ? last() : step / every) * floats; }
-};
-
 constexpr int64_t kGradientFloats = int64_t(sizeof(WeightGradients) / sizeof(float));
 
 // Adds up the groups' accumulators over [begin, end) in their order, leaving the sum in the first.
@@ -180,20 +170,20 @@ bool rollout(const Problem& problem, const Weights& weights, const float* const 
     const Kernels& kernels = active_kernels();
     const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
-    const SavedStates saved{problem.num_steps, problem.save_every, plan.state_floats()};
+    const SavedStates saved{problem.num_steps, problem.save_every};
     const int threads = plan.threads(problem, problem.num_steps);
     const int64_t scratch_floats = plan.scratch_floats(kernels);
     const Buffer packed = allocate(int64_t(network.packed_floats));
     const Buffer scratch = allocate(scratch_floats * threads);
     const bool all_saved = states && problem.save_every == 1;
     const Buffer unsaved = allocate(all_saved ? 0 : 2 * plan.state_floats());
-    if (states) advise_huge_pages(states, size_t((saved.last() + 1) * saved.floats) * sizeof(float));
+    if (states) advise_huge_pages(states, size_t(saved.count() * plan.state_floats()) * sizeof(float));
     network.pack(weights, packed.get());
 
     const float* const inputs[2] = {initial[0], initial[1]};
     float* const outputs[2] = {final[0], final[1]};
     const auto state = [&](int64_t step) {
-        return states && saved.has(step) ? states + saved.offset(step)
+        return states && saved.has(step) ? states + saved.index(step) * plan.state_floats()
                                          : unsaved.get() + (step % 2) * plan.state_floats();
     };
     const auto masked = [&](int64_t step) { return problem.life_mask && step > 0; };
@@ -221,14 +211,13 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
     const Kernels& kernels = active_kernels();
     const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
-    const SavedStates saved{problem.num_steps, problem.save_every, plan.state_floats()};
+    const SavedStates saved{problem.num_steps, problem.save_every};
     const int threads = plan.threads(problem, 3 * problem.num_steps);
     const int64_t scratch_floats = plan.scratch_floats(kernels);
-    const int64_t segment = std::min(problem.save_every, problem.num_steps);
     const int64_t num_groups = std::min(plan.num_tiles(), kMaxGroups);
     const Buffer packed = allocate(int64_t(network.packed_floats));
     const Buffer scratch = allocate(scratch_floats * threads);
-    const Buffer replayed = allocate((segment - 1) * plan.state_floats());
+    const Buffer replayed = allocate((std::min(saved.every, saved.num_steps) - 1) * plan.state_floats());
     const Buffer gradients = allocate(2 * plan.extended * kChannels);
     const Buffer group_gradients = allocate(num_groups * kGradientFloats);
     WeightGradients* groups = reinterpret_cast<WeightGradients*>(group_gradients.get());
@@ -245,11 +234,12 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
         member.for_each(plan.num_tiles(), [&](int64_t i) {
             load_planar_gradient(plan, i, inputs, gradient(problem.num_steps));
         });
-        for (int64_t begin = (problem.num_steps - 1) / segment * segment; begin >= 0; begin -= segment) {
-            const int64_t end = std::min(begin + segment, problem.num_steps);
+        // From each saved state to the one before it: the states between them are computed again.
+        for (int64_t end = problem.num_steps, begin; end > 0; end = begin) {
+            begin = saved.before(end);
             const auto state = [&](int64_t step) -> const float* {
-                return step == begin || step == end ? states + saved.offset(step)
-                                                    : replayed.get() + (step - begin - 1) * plan.state_floats();
+                return saved.has(step) ? states + saved.index(step) * plan.state_floats()
+                                       : replayed.get() + (step - begin - 1) * plan.state_floats();
             };
             for (int64_t s = begin; s + 1 < end; s++) {
                 const StepTask task{packed.get(), state(s), masked(s), const_cast<float*>(state(s + 1))};

@@ -1,10 +1,11 @@
-// Runs the kernels without Python, for the sanitizers (tests/sanitize.sh): every instruction set, odd sizes, several
-// threads, several callers, and tiles beyond the 2^31st element. Exits with an error where a result depends on the
-// number of threads, or a far tile differs from the same tile near the origin.
+// Runs the kernels without Python, for the sanitizers (tests/sanitize/run.sh): every instruction set, odd sizes,
+// several threads, several callers, and tiles beyond the 2^31st element. Exits with an error where a result depends on
+// the number of threads, or a far tile differs from the same tile near the origin.
 //
 // Includes rollout.cpp to reach the cut of a grid into tiles.
 #include "../../csrc/rollout.cpp"
 
+#include <cmath>
 #include <cstdio>
 #include <random>
 #include <string>
@@ -65,7 +66,7 @@ std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t sa
     std::vector<float> final[2], gradient_initial[2], gradient_weights[6];
     for (int g = 0; g < 2; g++) final[g].resize(floats[g]), gradient_initial[g].resize(floats[g]);
     for (int i = 0; i < 6; i++) gradient_weights[i].resize(parameters.values[i].size());
-    std::vector<float> states((divide_up(num_steps, save_every) + 1) * (floats[0] + floats[1]));
+    std::vector<float> states(SavedStates{num_steps, save_every}.count() * (floats[0] + floats[1]));
 
     const float* const inputs[2] = {initial[0].data(), initial[1].data()};
     float* const outputs[2] = {final[0].data(), final[1].data()};
