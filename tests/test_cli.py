@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,11 +19,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastnca
-from fastnca import audio, backends, plotting, training
+from fastnca.automaton import backends
 from fastnca.cli import app
-from fastnca.model import frame_times, read_safetensors
-from fastnca.run import CHECKPOINT_FORMAT
-from fastnca.training import Trainer
+from fastnca.files import read_safetensors, write_safetensors
+from fastnca.model import frame_times
+from fastnca.sound.convention import SAMPLE_RATE
+from fastnca.sound.files import load_audio, write_wav
+from fastnca.sound.spectrogram import analyze
+from fastnca.sound.synthetic import synthesize_bowed_string
+from fastnca.training.losses import RecipeLoss
+from fastnca.training.recipes import RECIPES, Recipe
+from fastnca.training.trainer import Trainer
 
 
 def fastnca_cli(*arguments):
@@ -48,8 +55,8 @@ def assert_same_run(one, other):
 def finished(tmp_path_factory):
     """A finished run of three epochs, made once: (the note, the run's folder)."""
     folder = tmp_path_factory.mktemp("finished")
-    t = np.arange(2048) / audio.SAMPLE_RATE
-    audio.write_wav(folder / "note.wav", 0.5 * np.sin(2 * np.pi * 441 * t))
+    t = np.arange(2048) / SAMPLE_RATE
+    write_wav(folder / "note.wav", 0.5 * np.sin(2 * np.pi * 441 * t))
     result = grow(folder / "note.wav", folder / "run", "--epochs", 3)
     assert result.exit_code == 0, result.stderr
     return folder / "note.wav", folder / "run"
@@ -76,18 +83,15 @@ class TestGrow:
 
     def test_the_model_is_what_metrics_say(self, finished):
         run = finished[1]
-        model, sound = fastnca.load_model(run / "model.safetensors")
-        target = audio.analyze(audio.load_audio(finished[0])[0])
-        grown_mel, _ = model.grow(sound["n_frames"], sound["num_steps"])
+        model, card = fastnca.load_model(run / "model.safetensors")
+        target = analyze(load_audio(finished[0])[0])
+        grown_mel, _ = model.grow(card.n_frames, card.num_steps)
         metrics = json.loads((run / "metrics.json").read_text())
         assert (grown_mel - target.mel_db).abs().mean().item() == pytest.approx(metrics["mel_l1_db"], rel=1e-4)
 
-    def test_progress_pictures_and_checkpoints(self, note, tmp_path, monkeypatch):
-        monkeypatch.setitem(
-            fastnca.training.RECIPES,
-            "default",
-            fastnca.training.Recipe(learning_rate=1e-3, log_interval=2, num_steps=4),
-        )
+    def test_progress_pictures_and_tensorboard(self, note, tmp_path, monkeypatch):
+        recipe = Recipe("default", learning_rate=1e-3, picture_every_epochs=2, num_steps=4)
+        monkeypatch.setitem(RECIPES, "default", recipe)
         result = grow(note, tmp_path / "run", "--epochs", 5, "--tensorboard")
         assert result.exit_code == 0, result.stderr
         pictures = sorted(path.name for path in (tmp_path / "run" / "progress").iterdir())
@@ -117,9 +121,8 @@ class TestGrow:
         assert_same_run(tmp_path / "run", tmp_path / "named")
 
     def test_demo(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            audio, "synthesize_bowed_string", lambda duration: 0.1 * np.ones(2048) * np.arange(2048) % 1
-        )
+        short = synthesize_bowed_string(duration=0.09)
+        monkeypatch.setattr("fastnca.sound.synthetic.synthesize_bowed_string", lambda duration: short)
         result = fastnca_cli("demo", "-o", tmp_path / "run", "--epochs", 1)
         assert result.exit_code == 0, result.stderr
         assert (tmp_path / "run" / "final.png").exists()
@@ -141,8 +144,8 @@ class TestGenerate:
 
     def test_sustaining_holds_the_middle(self, finished, tmp_path):
         """Frames of one place in time that are too far from a border to know of it grow alike."""
-        model, sound = fastnca.load_model(finished[1] / "model.safetensors")
-        mel_db, linear_db = model.grow(40, 4, frame_times(40, sound["n_frames"], "sustain"))
+        model, card = fastnca.load_model(finished[1] / "model.safetensors")
+        mel_db, linear_db = model.grow(40, 4, frame_times(40, card.n_frames, "sustain"))
         for grown in (mel_db, linear_db):
             held = grown[:, 8:16]
             torch.testing.assert_close(held, held[:, :1].expand_as(held))
@@ -156,19 +159,28 @@ class TestGenerate:
             "generated", "generated_8x4", "generated_8x4_sustain"
         }  # fmt: skip
 
+    def test_a_model_file_alone(self, finished, tmp_path):
+        model = tmp_path / "violin.safetensors"
+        shutil.copy(finished[1] / "model.safetensors", model)
+        for options in ((), ("--frames", 9)):
+            result = fastnca_cli("generate", model, *options)
+            assert result.exit_code == 0, result.stderr
+        assert {path.stem for path in tmp_path.glob("*.wav")} == {"violin_generated", "violin_generated_9x96"}
+        assert (tmp_path / "violin_generated.wav").read_bytes() == (finished[1] / "generated.wav").read_bytes()
+
     @pytest.mark.parametrize(("steps", "shown"), [(0, [0]), (5, [0, 1, 2, 3, 4, 5]), (200, [0, 3, 6, 198, 200])])
     def test_video(self, finished, tmp_path, monkeypatch, steps, shown):
         titles = []
 
-        def save_growth(path, grown, config):
+        def save_growth(path, pictures):
             path.write_bytes(b"")
-            for title, mel_db, linear_db, mel_alpha, linear_alpha in grown:
+            for title, mel_db, linear_db, mel_alpha, linear_alpha in pictures:
                 titles.append(title)
                 assert mel_db.shape == mel_alpha.shape == (80, 8) and linear_db.shape == linear_alpha.shape == (513, 8)
             growth.extend((mel_db, linear_db))
 
         growth = []
-        monkeypatch.setattr(plotting, "save_growth", save_growth)
+        monkeypatch.setattr("fastnca.generate.save_growth", save_growth)
         result = fastnca_cli("generate", finished[1], "-o", tmp_path / "a.wav", "--steps", steps, "--video")
         assert result.exit_code == 0, result.stderr
         assert set(titles) >= {f"step {step}" for step in shown}
@@ -233,7 +245,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--recipe", "best"], "unknown recipe 'best': expected one of notebook, default, regenerate"),
+            (["--recipe", "best"], "unknown recipe 'best': expected one of default, regenerate, notebook"),
             (["--precision", "fp8"], "unknown precision 'fp8': expected one of"),
             (["--backend", "reference", "--precision", "bf16"], "backend 'reference' cannot run"),
             (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, "),
@@ -280,16 +292,17 @@ class TestBadInput:
         self.rejected(grow(note, tmp_path, "--epochs", 1, *options), words)
         assert (tmp_path / "progress" / "thesis.txt").exists() and (tmp_path / "target.wav").read_text() == "mine"
 
-    def test_resume_after_the_recipe_changed(self, finished, monkeypatch):
+    def test_resume_by_another_recipe_of_the_same_name(self, finished, monkeypatch):
         note, run = finished
-        changed = replace(training.RECIPES["default"], linear_weight=9.0)
-        monkeypatch.setitem(training.RECIPES, "default", changed)
-        self.rejected(grow(note, run, "--resume"), "when recipe default was another")
+        monkeypatch.setitem(RECIPES, "default", replace(RECIPES["default"], linear_weight=9.0))
+        self.rejected(
+            grow(note, run, "--resume", "--recipe", "default"), "recipe 'default', which cannot become another"
+        )
 
     def test_resume_on_another_sound_or_setting(self, finished, tmp_path):
         note, run = finished
         other = tmp_path / "other.wav"
-        audio.write_wav(other, np.sin(np.arange(2048.0)))
+        write_wav(other, np.sin(np.arange(2048.0)))
         self.rejected(grow(other, run, "--resume"), "was started on another sound")
         self.rejected(grow(note, run, "--resume", "--recipe", "notebook"), "started with recipe 'default'")
         self.rejected(grow(note, run, "--resume", "--seed", "4"), "started with seed 0")
@@ -300,6 +313,12 @@ class TestBadInput:
         whole = (run / "checkpoint.safetensors").read_bytes()
         (tmp_path / "checkpoint.safetensors").write_bytes(whole[:-100] if content is None else content)
         self.rejected(grow(note, tmp_path, "--resume"), "damaged or not a safetensors file")
+
+    def test_resume_from_a_checkpoint_of_another_version(self, finished, tmp_path):
+        note, run = finished
+        tensors, version, metadata = read_safetensors(run / "checkpoint.safetensors", "checkpoint")
+        write_safetensors(tmp_path / "checkpoint.safetensors", tensors, "checkpoint", version - 1, metadata)
+        self.rejected(grow(note, tmp_path, "--resume"), f"has version {version - 1}, and this fastnca goes on with")
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -315,16 +334,15 @@ class TestBadInput:
         self.rejected(fastnca_cli("generate", finished[1], *options), words)
 
     def test_sustaining_without_time_coordinates(self, finished, tmp_path):
-        model, sound = fastnca.load_model(finished[1] / "model.safetensors")
-        model.coordinates = ()
-        fastnca.save_model(tmp_path / "model.safetensors", model, {**sound, "recipe": "notebook"})
+        _, card = fastnca.load_model(finished[1] / "model.safetensors")
+        fastnca.save_model(tmp_path / "model.safetensors", fastnca.DualSpecTNCA(), replace(card, recipe="notebook"))
         result = fastnca_cli("generate", tmp_path, "--time", "sustain")
-        self.rejected(result, "its recipe, notebook, has no time coordinates")
+        self.rejected(result, "the model's recipe, notebook, has no time coordinates")
         assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
     def test_generate_without_a_run(self, tmp_path):
-        self.rejected(fastnca_cli("generate", tmp_path / "nothing"), "no such folder")
-        self.rejected(fastnca_cli("generate", tmp_path), "no such file")
+        self.rejected(fastnca_cli("generate", tmp_path / "nothing"), "no such file or folder")
+        self.rejected(fastnca_cli("generate", tmp_path), "no model.safetensors in")
         torch.save({}, tmp_path / "model.safetensors")
         self.rejected(fastnca_cli("generate", tmp_path), "damaged or not a safetensors file")
 
@@ -337,13 +355,15 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "CI": "true"})
 
 
+def saved_epoch(out):
+    return read_safetensors(out / "checkpoint.safetensors", "checkpoint")[2]["trainer"]["epoch"]
+
+
 def wait_for_epoch(process, out, epoch):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "checkpoint.safetensors").exists():
-            state = read_safetensors(out / "checkpoint.safetensors", CHECKPOINT_FORMAT)[1]
-            if state["epoch"] >= epoch:
-                return
+        if (out / "checkpoint.safetensors").exists() and saved_epoch(out) >= epoch:
+            return
         time.sleep(0.02)
     raise AssertionError(f"epoch {epoch} was not reached: {process.communicate()}")
 
@@ -405,46 +425,57 @@ class TestGoingOn:
         monkeypatch.setattr("fastnca.files.os.fsync", fill_after_epoch_four)
         result = fastnca_cli("grow", finished[0], "-o", tmp_path, *EPOCHS)
         assert result.exit_code == 1 and "No space left on device" in result.stderr
-        state = read_safetensors(tmp_path / "checkpoint.safetensors", CHECKPOINT_FORMAT)[1]
-        assert state["epoch"] == 2
+        assert saved_epoch(tmp_path) == 2
         monkeypatch.undo()
         assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
         assert_same_run(tmp_path, uninterrupted)
 
-    def test_a_setback_is_told_and_outlives_a_kill(self, finished, tmp_path, monkeypatch, whole=("--epochs", 6)):
-        real_loss = Trainer.loss
-
-        def explodes_once(self, *grids):
-            return real_loss(self, *grids) * (float("nan") if self.epoch == 2 and not self.setbacks else 1.0)
-
-        monkeypatch.setattr(Trainer, "loss", explodes_once)
-        result = grow(finished[0], tmp_path / "whole", *whole)
+    def test_a_setback_is_told_and_outlives_a_kill(self, finished, tmp_path, spoil_loss):
+        spoil_loss(lambda epoch, setbacks: math.nan if epoch == 2 and not setbacks else 1.0)
+        result = grow(finished[0], tmp_path / "whole", "--epochs", 6)
         assert result.exit_code == 0 and "epoch 3: diverged; back to the lowest loss" in result.stderr
         assert grow(finished[0], tmp_path / "parts", "--epochs", 3).exit_code == 0
-        assert grow(finished[0], tmp_path / "parts", "--resume", *whole).exit_code == 0
+        assert grow(finished[0], tmp_path / "parts", "--resume", "--epochs", 6).exit_code == 0
         for name in ("whole", "parts"):
             assert json.loads((tmp_path / name / "metrics.json").read_text())["setbacks"] == 1
         rates = [float(row["learning_rate"]) for row in read_losses(tmp_path / "whole")]
         assert rates[2] < 0.55 * rates[1]
 
-    def test_training_that_diverges_for_good_leaves_its_best(self, finished, tmp_path, monkeypatch):
-        real_loss = Trainer.loss
-        monkeypatch.setattr(Trainer, "loss", lambda self, *grids: real_loss(self, *grids) * 10.0**self.epoch)
+    def test_training_that_diverges_for_good_leaves_its_best(self, finished, tmp_path, spoil_loss):
+        spoil_loss(lambda epoch, setbacks: 10.0**epoch)
         result = grow(finished[0], tmp_path, "--epochs", 12)
         assert result.exit_code == 1 and "in epoch 2, as 10 times before; try another seed" in result.stderr
         assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
         assert fastnca_cli("generate", tmp_path, "-o", tmp_path / "usable.wav").exit_code == 0
 
-    def test_nan_keeps_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch):
-        real_loss = Trainer.loss
-        monkeypatch.setattr(
-            Trainer,
-            "loss",
-            lambda self, *grids: real_loss(self, *grids) * (float("nan") if self.epoch == 5 else 1.0),
-        )
+    def test_nan_keeps_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch, spoil_loss):
+        spoil_loss(lambda epoch, setbacks: math.nan if epoch == 5 else 1.0)
         result = fastnca_cli("grow", finished[0], "-o", tmp_path, *EPOCHS)
         assert result.exit_code == 1
         assert "the loss became nan" in result.stderr and "epoch 6" in result.stderr
         monkeypatch.undo()
         assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
         assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.fixture
+def spoil_loss(monkeypatch):
+    """Multiplies every loss by ``factor(epochs done, setbacks)``."""
+
+    def spoil(factor):
+        real_epoch = Trainer.train_epoch
+        trainers = []
+
+        def train_epoch(trainer):
+            trainers[:] = [trainer]
+            return real_epoch(trainer)
+
+        def forward(loss, *arguments):
+            total, terms = real_forward(loss, *arguments)
+            return total * factor(trainers[0].epoch, trainers[0].setbacks), terms
+
+        real_forward = RecipeLoss.forward
+        monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+        monkeypatch.setattr(RecipeLoss, "forward", forward)
+
+    return spoil

@@ -1,5 +1,7 @@
-"""Recipes, budgets and the trainer."""
+"""Recipes, losses, budgets, the divergence guard and the trainer."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,57 +9,120 @@ import torch
 import torch.nn.functional as F
 
 import fastnca
-from fastnca.optim import Muon
-from fastnca.training import MAX_SETBACKS, OVERFLOW, RECIPES, Budget, Trainer, TrainingDiverged, damaged, find_recipe
+from fastnca.sound.metrics import grid_metrics
+from fastnca.sound.spectrogram import analyze
+from fastnca.sound.synthetic import synthesize_bowed_string
+from fastnca.training.divergence import CLIMBING, DIVERGING, RECENT, DivergenceGuard, TrainingDiverged
+from fastnca.training.losses import OVERFLOW, RecipeLoss
+from fastnca.training.optim import Muon
+from fastnca.training.recipes import RECIPES, Recipe, find_recipe
+from fastnca.training.trainer import MAX_SETBACKS, Budget, Trainer, damaged
 
 BUDGET = Budget(epochs=10)
-REGENERATE = replace(RECIPES["regenerate"], num_steps=6, continued=0.7)
+REGENERATE = replace(RECIPES["regenerate"], num_steps=6, continue_share=0.7)
+SHORT = replace(RECIPES["default"], num_steps=6)
 
 
-def make_trainer(target, recipe="default", budget=BUDGET, **options):
-    return Trainer(*target, RECIPES.get(recipe, recipe), budget, **options)
+def make_trainer(target, recipe=SHORT, budget=BUDGET, **options):
+    return Trainer([target], recipe, budget, **options)
 
 
-def test_notebook_recipe_is_the_notebooks_loss(target):
-    trainer = make_trainer(target, "notebook")
-    assert trainer.optimizer.param_groups[0]["lr"] == 2e-4 and trainer.recipe.num_steps == 96
-    torch.manual_seed(5)
-    mel, linear = (-80 * torch.rand(1, *grid.shape) for grid in target)
-    target_mel, target_linear = (grid[None] for grid in target)
-    mel_mask, linear_mask = (target_mel > -70).float(), (target_linear > -70).float()
-    gram = trainer.perceptual_loss((mel * mel_mask)[:, None], (target_mel * mel_mask)[:, None])
-    mel_loss = 2.0 * gram + 0.3 * F.l1_loss(mel * mel_mask, target_mel * mel_mask)
-    linear_loss = F.l1_loss(linear * linear_mask, target_linear * linear_mask)
-    torch.testing.assert_close(trainer.loss(mel, linear), mel_loss + 0.5 * linear_loss)
+def judge(recipe, levels, targets):
+    """The loss of levels, lists of (mel_db, linear_db), that overflow nothing."""
+    levels, targets = (tuple(torch.stack(grids) for grids in zip(*pairs)) for pairs in (levels, targets))
+    return RecipeLoss(recipe)(tuple(torch.zeros(1) for _ in levels), levels, targets)
 
 
-def test_default_recipe_judges_quiet_cells_too(target):
-    trainer = make_trainer(target)
-    silent = [torch.full_like(grid, -80.0)[None] for grid in target]
-    trainer.target_mel, trainer.target_linear = silent
-    louder = [grid + 5.0 for grid in silent]
-    assert trainer.loss(*louder) > trainer.loss(*silent) == 0.0
+class TestGuard:
+    def test_the_lowest_loss_is_told(self):
+        guard = DivergenceGuard()
+        assert [guard.record(loss) for loss in (3.0, 4.0, 3.0, 2.0)] == [True, False, False, True]
+
+    @pytest.mark.parametrize("loss", [math.nan, math.inf, 2.001 * DIVERGING])
+    def test_explodes(self, loss):
+        guard = DivergenceGuard()
+        assert guard.exploded(loss) != math.isfinite(loss)
+        guard.record(2.0)
+        assert guard.exploded(loss) and not guard.exploded(2.0 * DIVERGING)
+
+    def test_climbs_slowly(self):
+        guard = DivergenceGuard()
+        for _ in range(RECENT):
+            assert not guard.climbing()
+            guard.record(1.0)
+        for _ in range(RECENT - 1):
+            guard.record(CLIMBING + 0.02)
+            assert not guard.climbing() or sum(guard.recent) > CLIMBING * RECENT
+        guard.record(CLIMBING + 0.02)
+        assert guard.climbing()
+        guard.step_back()
+        assert not guard.climbing() and guard.lowest_loss == 1.0
+
+    def test_a_single_jump_is_not_climbing(self):
+        guard = DivergenceGuard()
+        for loss in [*[1.0] * RECENT, 3.9, *[1.0] * RECENT]:
+            assert not guard.exploded(loss)
+            guard.record(loss)
+            assert not guard.climbing()
+
+    def test_its_numbers_come_back(self):
+        guard, other = DivergenceGuard(), DivergenceGuard()
+        for loss in range(30, 0, -1):
+            guard.record(float(loss))
+        other.load_state_dict(guard.state_dict())
+        assert vars(other) == vars(guard)
 
 
-def test_a_few_active_cells_weigh_as_much_as_all(target):
-    trainer = make_trainer(target, replace(RECIPES["default"], active_weight=1.0, magnitude_weight=0.0))
-    trainer.target_mel = torch.full_like(trainer.target_mel, -80.0)
-    trainer.target_mel[0, 3, :2] = -20.0
-    grown = trainer.target_mel.clone()
-    grown[0, 3, 0] -= 8.0
-    grown[0, 5] += 1.0
-    all_cells = (8.0 + grown.shape[2]) / grown.numel()
-    assert trainer.loss(grown, trainer.target_linear).item() == pytest.approx(all_cells + 8.0 / 2)
-    trainer.target_mel[:] = -80.0
-    assert torch.isfinite(trainer.loss(grown, trainer.target_linear))
+def test_learns_a_sound():
+    """A missed bar means that sounds are not learned any more, whatever else passes.
+
+    Of four seeds the worst came to 0.8 and 5.8 dB; without training it is 12 and 20, without the linear grid's loss 18.
+    """
+    target = analyze(synthesize_bowed_string(0.09))
+    recipe = replace(RECIPES["default"], num_steps=24)
+    trainer = Trainer([target], recipe, Budget(epochs=60))
+    while trainer.progress < 1.0:
+        trainer.train_epoch()
+    errors = grid_metrics(target.with_grids(*trainer.model.grow(target.n_frames, recipe.num_steps)), target)
+    assert errors["mel_l1_db"] < 1.5 and errors["linear_l1_db"] < 8.0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_learns(target, recipe):
-    trainer = make_trainer(target, recipe)
-    losses = [trainer.train_epoch()["loss"] for _ in range(4)]
-    assert losses[-1] < losses[0]
-    assert trainer.epoch == 4 and trainer.seconds > 0
+def test_every_recipe_takes_steps_and_names_its_terms(target, recipe):
+    trainer = make_trainer(target, replace(RECIPES[recipe], num_steps=6))
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    row = trainer.train_epoch()
+    first = ["epoch", "seconds", "learning_rate", "age", "mel_l1_db", "linear_l1_db", "loss"]
+    assert list(row)[:7] == first and len(row) > 8
+    assert sum(value for name, value in row.items() if name not in first) == pytest.approx(row["loss"], rel=1e-5)
+    assert row["epoch"] == 1 and trainer.seconds > 0
+    changed = [not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True)]
+    assert any(changed)
+
+
+def test_equal_targets_are_learned_as_one(target):
+    one, two = (Trainer([target] * count, SHORT, BUDGET) for count in (1, 2))
+    for _ in range(3):
+        single, double = one.train_epoch(), two.train_epoch()
+        for name in ("loss", "mel_l1_db", "linear_l1_db"):
+            assert double[name] == pytest.approx(single[name], rel=1e-3)
+    assert two.living_grids[0].shape[0] == 2 and torch.equal(*two.living_grids[1])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_targets_of_different_shapes(target, count):
+    longer = target.with_grids(target.mel_db.repeat(1, 2), target.linear_db.repeat(1, 2))
+    with pytest.raises(ValueError, match="targets must be at least one, and all of one shape"):
+        Trainer([target, longer][:count], SHORT, BUDGET)
+
+
+def test_the_callers_random_state_is_left_alone(target):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    trainer = make_trainer(target, replace(REGENERATE, texture_weight=1.0))
+    for _ in range(3):
+        trainer.train_epoch()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_same_seed_repeats_and_another_does_not(target):
@@ -71,7 +136,7 @@ def test_the_same_seed_repeats_and_another_does_not(target):
     assert not torch.equal(train(0), train(1))
 
 
-def test_normalised_gradients_have_unit_norm(target):
+def test_normalized_gradients_have_unit_norm(target):
     trainer = make_trainer(target)
     for _ in range(2):
         trainer.train_epoch()
@@ -101,7 +166,7 @@ def test_learning_rate_decays_over_the_budget(target):
     assert trainer.progress == 0.5 and trainer.learning_rate == pytest.approx(0.51 * peak)
     trainer.seconds = 120.0
     assert trainer.progress == 1.0 and trainer.learning_rate == pytest.approx(0.02 * peak)
-    notebook = make_trainer(target, "notebook")
+    notebook = make_trainer(target, RECIPES["notebook"])
     notebook.epoch = 9
     assert notebook.learning_rate == 2e-4
 
@@ -115,7 +180,7 @@ def test_no_value_may_overflow(target):
             bias = torch.linspace(-3.0, 3.0, 16)
             bias[1] = 1.0  # alive
             trainer.model.update_mlp[-1].bias.copy_(bias)
-        weights.append((trainer.train_epoch()["loss"], trainer.grown_grids))
+        weights.append((trainer.train_epoch()["loss"], trainer.living_grids))
     (without, grids), (loss, _) = weights
     excess = [F.relu(grid.abs() - OVERFLOW).mean().item() for grid in grids]
     assert min(excess) > 0.1 and loss == pytest.approx(without + 3.0 * sum(excess), rel=1e-5)
@@ -124,8 +189,7 @@ def test_no_value_may_overflow(target):
 def test_divergence_stops_before_the_weights(target):
     trainer = make_trainer(target)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.target_mel = trainer.target_mel.clone()
-    trainer.target_mel[0, 3, 3] = float("nan")
+    trainer.target_levels[0][0, 3, 3] = float("nan")
     with pytest.raises(TrainingDiverged, match="the loss became nan .* in epoch 1"):
         trainer.train_epoch()
     assert trainer.epoch == 0
@@ -145,18 +209,6 @@ def test_divergence_goes_on_from_the_lowest_loss_at_half_the_learning_rate(targe
     assert trainer.train_epoch()["loss"] < row["loss"]
 
 
-def test_a_loss_that_climbs_slowly_goes_back_too(target, monkeypatch):
-    monkeypatch.setattr("fastnca.training.RECENT", 3)
-    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=2, overflow_weight=0.0, continued=0.0))
-    factors, original = [1.0, 1.0, 1.0, 1.2, 1.3, 1.4, 1.0], trainer.loss
-    monkeypatch.setattr(trainer, "loss", lambda *grown: 0.0 * original(*grown) + factors[trainer.epoch])
-    setbacks = []
-    for _ in factors:
-        trainer.train_epoch()
-        setbacks.append(trainer.setbacks)
-    assert setbacks == [0, 0, 0, 0, 0, 0, 1]  # the mean of 1.2, 1.3 and 1.4 is the first above 1.25
-
-
 def test_divergence_that_comes_back_ends_training_at_the_lowest_loss(target):
     trainer = make_trainer(target)
     trainer.train_epoch()
@@ -164,18 +216,28 @@ def test_divergence_that_comes_back_ends_training_at_the_lowest_loss(target):
         diverge(trainer)
         trainer.train_epoch()
         assert trainer.setbacks == setback
-    kept = {name: tensor.clone() for name, tensor in trainer.best.items()}
+    kept = {name: tensor.clone() for name, tensor in trainer.best.items() if name.startswith("model.")}
     diverge(trainer)
     with pytest.raises(TrainingDiverged, match=f"in epoch {MAX_SETBACKS + 2}, as 10 times before; try another seed"):
         trainer.train_epoch()
-    for name, tensor in trainer._learned().items():
-        assert torch.equal(tensor, kept[name])
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, kept[f"model.{name}"])
 
 
-@pytest.mark.parametrize("continued", [-0.1, 1.0, float("nan")])
-def test_wrong_share_of_continued_epochs(continued):
-    with pytest.raises(ValueError, match="continued must be a share from 0 to below 1, got"):
-        replace(RECIPES["default"], continued=continued)
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_wrong_share_of_continued_epochs(share):
+    with pytest.raises(ValueError, match="continue_share must be from 0 to below 1, got"):
+        replace(RECIPES["default"], continue_share=share)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd': expected one of adam, muon"):
+        replace(RECIPES["default"], optimizer="sgd")
+
+
+def test_a_recipe_survives_json():
+    for recipe in RECIPES.values():
+        assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def test_damage_zeroes_one_block_of_all_channels():
@@ -209,19 +271,19 @@ def watch_rollouts(trainer, monkeypatch):
 
 
 def test_continued_epochs_start_where_the_last_one_ended(target, monkeypatch):
-    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=5, continued=0.4))
+    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=5, continue_share=0.4))
     starts = watch_rollouts(trainer, monkeypatch)
     seed, ends, rows = trainer.initial_grids, [], []
     for _ in range(60):
         rows.append(trainer.train_epoch())
-        ends.append(trainer.grown_grids)
-    assert len(starts) == 60 and rows[0]["steps"] == 5
+        ends.append(trainer.living_grids)
+    assert len(starts) == 60 and rows[0]["age"] == 5
     for epoch in range(1, 60):
-        continued = rows[epoch]["steps"] > 5
-        assert rows[epoch]["steps"] == (rows[epoch - 1]["steps"] + 5 if continued else 5)
+        continued = rows[epoch]["age"] > 5
+        assert rows[epoch]["age"] == (rows[epoch - 1]["age"] + 5 if continued else 5)
         for grid, expected in zip(starts[epoch], ends[epoch - 1] if continued else seed, strict=True):
             assert torch.equal(grid, expected)
-    assert 12 < sum(row["steps"] > 5 for row in rows) < 36
+    assert 12 < sum(row["age"] > 5 for row in rows) < 36
 
 
 def test_regenerate_damages_what_it_goes_on_from(target, monkeypatch):
@@ -229,8 +291,8 @@ def test_regenerate_damages_what_it_goes_on_from(target, monkeypatch):
     starts = watch_rollouts(trainer, monkeypatch)
     holes = 0
     for _ in range(20):
-        before = trainer.grown_grids
-        if trainer.train_epoch()["steps"] > 6:
+        before = trainer.living_grids
+        if trainer.train_epoch()["age"] > 6:
             for grid, whole in zip(starts[-1], before, strict=True):
                 hole = (grid != whole).any(dim=1)
                 assert (grid.movedim(1, -1)[hole] == 0).all()
@@ -239,15 +301,15 @@ def test_regenerate_damages_what_it_goes_on_from(target, monkeypatch):
 
 
 def test_what_falls_apart_is_left_for_the_seed(target):
-    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=5, continued=0.999))
-    assert [trainer.train_epoch()["steps"] for _ in range(3)] == [5, 10, 15]
-    trainer.grown_grids = tuple(torch.full_like(grid, torch.nan) for grid in trainer.grown_grids)
-    assert trainer.train_epoch()["steps"] == 5
+    trainer = make_trainer(target, replace(RECIPES["default"], num_steps=5, continue_share=0.999))
+    assert [trainer.train_epoch()["age"] for _ in range(3)] == [5, 10, 15]
+    trainer.living_grids = tuple(torch.full_like(grid, torch.nan) for grid in trainer.living_grids)
+    assert trainer.train_epoch()["age"] == 5
     assert trainer.setbacks == 0
-    assert trainer.train_epoch()["steps"] == 10
+    assert trainer.train_epoch()["age"] == 10
 
 
-@pytest.mark.parametrize("recipe", ["default", REGENERATE], ids=["default", "regenerate"])
+@pytest.mark.parametrize("recipe", [SHORT, REGENERATE], ids=["default", "regenerate"])
 @pytest.mark.parametrize("epochs_before", [0, 2])
 def test_state_goes_on_bit_for_bit(target, epochs_before, recipe):
     whole, first, second = (make_trainer(target, recipe, seed=seed) for seed in (0, 0, 1))
@@ -285,7 +347,7 @@ def test_state_goes_on_bit_for_bit_over_a_setback(target, saved_after):
     if saved_after == 2:
         diverge(second)
     assert_goes_on(second, whole, rows[saved_after:])
-    assert second.setbacks == 1 and second.lowest_loss == whole.lowest_loss
+    assert second.setbacks == 1 and second.guard.state_dict() == whole.guard.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -303,7 +365,7 @@ def test_wrong_budgets(options, words):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of notebook, default, regenerate"):
+    with pytest.raises(ValueError, match="unknown recipe 'best': expected one of default, regenerate, notebook"):
         find_recipe("best")
 
 
