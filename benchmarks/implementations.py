@@ -166,7 +166,7 @@ class Jax:
     def outputs(self, arrays):
         import numpy as np
 
-        arrays = [np.asarray(array) for array in arrays]
+        arrays = [np.array(array) for array in arrays]
         return [a[..., None, None] if a.ndim == 2 else a for a in arrays]
 
     def _rollout(self, step, num_steps, weights, grids):
