@@ -1,24 +1,31 @@
-"""Training curves: ``python -m benchmarks.curves [WAV] -o DIR`` trains a sound on each backend and overlays the losses.
+"""Training curves: ``python -m benchmarks.quality.curves [SOUND] -o DIR`` trains a sound on each backend and overlays
+the losses.
 
 All runs start from the same weights. Training is chaotic: a change in the last bit grows until two runs follow
 different paths of the same quality. So the reference can run a second time (``--control``) from weights that were each
 moved by one unit in the last place, and its distance from itself is the yardstick for the others.
 
-Reported per run, and written to curves.json and curves.png: the final loss (mean over the last tenth of the epochs)
-over the reference's; the largest relative distance between the smoothed curves (running mean over a twentieth of the
-epochs); and how many epochs agree with the reference to 1 %.
+Written to DIR: ``curves.png``; ``curves.csv``, a row for each epoch with the loss of every run; ``curves.md``, for each
+run the final loss (mean over the last tenth of the epochs), also over the reference's; the largest relative distance
+between the smoothed curves (running mean over a twentieth of the epochs); and how many epochs agree with the reference
+to 1 % before the first that does not.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastnca import audio, backends
-from fastnca.training import RECIPES, Budget, Trainer
+from fastnca.automaton import backends
+from fastnca.files import atomic_write
+from fastnca.sound.spectrogram import analyze
+from fastnca.training.trainer import Budget, Trainer
+
+from .. import report
+from .recipes import read_recipe
+from .sounds import load
 
 RUNS = {
     "reference": ("reference", "fp32"),
@@ -26,12 +33,18 @@ RUNS = {
     "cpu bf16": ("cpu", "bf16"),
 }
 CONTROL = "reference, 1 ulp off"
+COLUMNS = {
+    "run": ("run", None),
+    "final_loss": ("final loss", "{:.3f}"),
+    "final_loss_ratio": ("of the reference's", "{:.3f}"),
+    "max_deviation": ("largest deviation", "{:.1%}"),
+    "epochs_within_1_percent": ("epochs within 1 %", None),
+}
 
 
-def train(target, frames, recipe, epochs, backend, precision, nudge=False, device="cpu"):
-    """Losses [epochs] of a run."""
-    grids = [grid[:, :frames] for grid in (target.mel_db, target.linear_db)]
-    trainer = Trainer(*grids, recipe, Budget(epochs=epochs), backend=backend, precision=precision, device=device)
+def train(target, recipe, epochs, backend, precision, nudge=False, device="cpu"):
+    """Losses [epochs] of a run that learns ``target``, a DualSpectrogram; ``nudge`` moves the weights by one ulp."""
+    trainer = Trainer([target], recipe, Budget(epochs=epochs), backend=backend, precision=precision, device=device)
     if nudge:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -52,7 +65,7 @@ def smooth(losses):
 
 
 def compare(losses, expected):
-    """What the module's docstring says is reported."""
+    """How far losses [epochs] are from the reference's, see the top of this file."""
     tail = max(1, len(losses) // 10)
     apart = np.abs(losses / expected - 1.0) > 0.01
     return {
@@ -64,6 +77,7 @@ def compare(losses, expected):
 
 
 def plot(curves, path):
+    """Write a PNG of curves, {run: losses [epochs]}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -72,56 +86,41 @@ def plot(curves, path):
         axes.plot(np.arange(1, len(losses) + 1), losses, label=name, linewidth=1)
     axes.set(xlabel="epoch", ylabel="loss (dB)", yscale="log")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__.split("\n")[0])
-    parser.add_argument("wav", nargs="?", type=Path, help="a recording; a built-in bowed string if none")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for curves.json and curves.png")
+    """-> a row for each run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.curves", description=__doc__.split("\n\n")[0])
+    parser.add_argument("sound", nargs="?", default="bowed", help="a recording, or a synthesized sound as of recipes")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for all that is written")
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--duration", type=float, default=1.0, help="seconds of sound")
-    parser.add_argument("--frames", type=int, help="use only the first frames")
-    parser.add_argument("--recipe", choices=RECIPES, default="default")
+    parser.add_argument("--recipe", type=read_recipe, default="default", help="with changed fields as of recipes")
     parser.add_argument("--control", action="store_true", help="train the reference twice, see above")
     options = parser.parse_args(arguments)
+    name, samples = load(options.sound, options.duration)
+    target = analyze(samples)
 
-    if options.wav:
-        samples, _ = audio.load_audio(options.wav, options.duration)
-    else:
-        samples = audio.synthesize_bowed_string(duration=options.duration)
-    target = audio.analyze(samples)
-
-    runs = {name: (*run, False) for name, run in RUNS.items()}
-    if options.control:
-        runs[CONTROL] = ("reference", "fp32", True)
-    curves, skipped = {}, {}
-    for name, (backend, precision, nudge) in runs.items():
+    learned = f"{name}, {target.n_frames} frames, {options.epochs} epochs of the recipe `{options.recipe.name}`"
+    about = [f"{report.machine_line(report.machine())}. {learned}."]
+    curves = {}
+    for run, (backend, precision) in RUNS.items():
         reason = backends.why_not(backend, precision=precision)
         if reason:
-            skipped[name] = reason
-            print(f"{name} left out: {reason}", file=sys.stderr)
-            continue
-        recipe = RECIPES[options.recipe]
-        curves[name] = train(target, options.frames, recipe, options.epochs, backend, precision, nudge)
-    results = {name: compare(losses, curves["reference"]) for name, losses in curves.items()}
-    options.out.mkdir(parents=True, exist_ok=True)
+            about.append(f"{run} left out: {reason}.")
+        else:
+            curves[run] = train(target, options.recipe, options.epochs, backend, precision)
+    if options.control:
+        curves[CONTROL] = train(target, options.recipe, options.epochs, *RUNS["reference"], nudge=True)
+    rows = [{"run": run, **compare(losses, curves["reference"])} for run, losses in curves.items()]
+    text = "\n\n".join([*about, report.table(rows, COLUMNS)]) + "\n"
+    epochs = [dict(zip(("epoch", *curves), epoch)) for epoch in zip(range(1, options.epochs + 1), *curves.values())]
+    report.write(options.out, "curves", text, epochs)
     plot(curves, options.out / "curves.png")
-    report = {
-        "epochs": options.epochs,
-        "sound": str(options.wav.name if options.wav else "built-in bowed string"),
-        "results": results,
-        "skipped": skipped,
-        "losses": {name: losses.tolist() for name, losses in curves.items()},
-    }
-    (options.out / "curves.json").write_text(json.dumps(report, indent=2) + "\n")
-    for name, result in results.items():
-        print(
-            f"{name}: final loss {result['final_loss']:.3f}, {result['final_loss_ratio']:.3f} of the reference's, "
-            f"largest deviation {result['max_deviation']:.1%}, "
-            f"{result['epochs_within_1_percent']} epochs within 1 %"
-        )
-    return results
+    print(text)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What becomes of finished runs beyond what they were trained for: longer, older, damaged.
+"""What becomes of grown sounds beyond what they were trained for: longer, older, damaged.
 
-    python -m benchmarks.alive RUN... [--what lengths ages damage]
+    python -m benchmarks.quality.lifetimes RUN... [--what lengths ages damage] [-o DIR]
 
-RUN is a folder that ``fastnca grow`` wrote. Prints Markdown tables. Sounds are decoded by Griffin-Lim.
+RUN is a folder that ``fastnca grow`` wrote. Prints Markdown tables, and writes them to DIR as ``lifetimes.md`` and
+``lifetimes.csv``. Sounds are decoded by Griffin-Lim.
 
-- lengths: pitch (peak of the windowed spectrum, refined by a parabola through its neighbours in dB, of the first and
+- lengths: pitch (peak of the windowed spectrum, refined by a parabola through its neighbors in dB, of the first and
   the last half of the sounding part), time from the start to 6 dB and from 6 dB to the end below the loudest 23 ms,
   and the level in eight equal parts of the sound, in dB below that loudest moment.
 - ages: distance of the grown grids from the target after more steps than were trained.
@@ -18,115 +19,112 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastnca import audio, decode_db, load_model, metrics, vocoder
-from fastnca.model import TIMES, frame_times
-from fastnca.run import MODEL_FILE
+import fastnca
+from fastnca.model import TIMES, decode_db
+from fastnca.sound import metrics
+from fastnca.sound.convention import SAMPLE_RATE
+from fastnca.sound.files import load_audio
+from fastnca.sound.spectrogram import analyze
+
+from .. import report
 
 LENGTHS = (0.5, 1, 2, 4)
 AGES = (96, 128, 192, 384, 1000)
+BLOCK = 512  # samples, 23 ms
 
 
 def read_run(folder):
-    model, sound = load_model(folder / MODEL_FILE)
-    target = audio.analyze(audio.load_audio(folder / "target.wav")[0], audio.SpectrogramConfig(**sound["spectrogram"]))
-    return model, sound, target
+    """(SoundModel, DualSpectrogram of its target) of a run's folder."""
+    model = fastnca.load(folder, vocoder="griffinlim")
+    return model, analyze(load_audio(folder / "target.wav")[0], model.card.scale.bands)
 
 
 def peak_frequency(samples):
-    """Hz of the strongest peak of a windowed spectrum."""
+    """Hz of the strongest peak of the windowed spectrum of samples [n]."""
     level = np.log(np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 4 * len(samples))) + 1e-12)
     index = 1 + np.argmax(level[1:-1])
     before, at, after = level[index - 1 : index + 2]
     offset = 0.5 * (before - after) / (before - 2 * at + after)
-    return (index + offset) * audio.SAMPLE_RATE / (4 * len(samples))
+    return (index + offset) * SAMPLE_RATE / (4 * len(samples))
 
 
 def describe(samples):
-    """(pitches of the two halves in Hz, seconds to and after the level of -6 dB, eight levels in dB)."""
-    frames = samples[: len(samples) // 512 * 512].reshape(-1, 512)
-    level = 10 * np.log10((frames**2).mean(axis=1) + 1e-12)
-    level -= level.max()
-    loud = np.flatnonzero(level > -6.0)
-    start, end = loud[0] * 512, (loud[-1] + 1) * 512
+    """Pitches in Hz, times in s and levels in dB of samples [n], as cells of a row."""
+    blocks = samples[: len(samples) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    level = 10 * np.log10((blocks**2).mean(axis=1) + 1e-12)
+    loud = np.flatnonzero(level > level.max() - 6.0)
+    start, end = loud[0] * BLOCK, (loud[-1] + 1) * BLOCK
     half = (start + end) // 2
     pitches = [peak_frequency(part) for part in (samples[start:half], samples[half:end])]
-    edges = start / audio.SAMPLE_RATE, (len(samples) - end) / audio.SAMPLE_RATE
-    parts = [10 * np.log10((part**2).mean() + 1e-12) for part in np.array_split(samples, 8)]
-    loudest = 10 * np.log10((frames**2).mean(axis=1).max())
-    return pitches, edges, [part - loudest for part in parts]
+    levels = [10 * np.log10((part**2).mean() + 1e-12) - level.max() for part in np.array_split(samples, 8)]
+    return {
+        "pitch, Hz": "{:.1f} {:.1f}".format(*pitches),
+        "-6 dB after, s": f"{start / SAMPLE_RATE:.2f}",
+        "and before the end, s": f"{(len(samples) - end) / SAMPLE_RATE:.2f}",
+        "levels, dB": " ".join(f"{level:.1f}" for level in levels),
+    }
 
 
-def print_row(*cells):
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+def lengths(name, model, target):
+    yield {"run": name, "time": "target", "length": "1x", **describe(model.vocoder.decode(target))}
+    knows_time = any(axis == "t" for _, axis, _ in model.automaton.coordinates)
+    for time in TIMES if knows_time else ("stretch",):
+        for factor in LENGTHS:
+            sound = model.grow(round(factor * target.n_frames), time=time)
+            yield {"run": name, "time": time, "length": f"{factor}x", **describe(sound.samples)}
 
 
-def print_head(*cells):
-    print_row(*cells)
-    print_row(*("---" for _ in cells))
+def ages(name, model, target):
+    grids, age = model.automaton.seed(target.n_frames), 0
+    for steps in AGES:
+        grids, age = model.automaton.rollout(*grids, steps - age), steps
+        result = metrics.grid_metrics(target.with_grids(*(decode_db(grid)[0] for grid in grids)), target)
+        row = {"run": name, "steps": steps, **{key: f"{result[key]:.2f}" for key in ("mel_l1_db", "linear_l1_db")}}
+        yield {**row, "largest hidden value": max(grid.abs().max().item() for grid in grids)}
 
 
-def lengths(runs):
-    print_head("run", "time", "length", "pitch, Hz", "-6 dB after, s", "and before the end, s", "levels, dB")
-    decoder = vocoder.resolve_vocoder("griffinlim")
-    for name, (model, sound, target) in runs.items():
-        sounds = {("target", 1): target}
-        for time in TIMES:
-            for factor in LENGTHS:
-                n_frames = round(factor * target.n_frames)
-                times = frame_times(n_frames, target.n_frames, time)
-                grids = model.grow(n_frames, sound["num_steps"], times)
-                references = target.mel_ref_db, target.linear_ref_db
-                sounds[time, factor] = audio.DualSpectrogram(*grids, *references, target.config)
-        for (time, factor), grown in sounds.items():
-            pitches, edges, levels = describe(np.asarray(decoder.decode(grown)))
-            pitches, levels = ("{:.1f} {:.1f}".format(*pitches), " ".join(f"{level:.1f}" for level in levels))
-            print_row(name, time, f"{factor}x", pitches, *(f"{edge:.2f}" for edge in edges), levels)
+def middle(grid):
+    """The middle third of both axes of a grid [..., H, T], as a view."""
+    rows, columns = (slice(size // 3, 2 * size // 3) for size in grid.shape[-2:])
+    return grid[..., rows, columns]
 
 
-def ages(runs):
-    print_head("run", "steps", "mel_l1_db", "linear_l1_db", "largest hidden value")
-    for name, (model, _, target) in runs.items():
-        grids, age = model.seed(target.n_frames), 0
-        for steps in AGES:
-            grids, age = model.rollout(*grids, steps - age), steps
-            result = metrics.grid_metrics(*(decode_db(grid)[0] for grid in grids), target)
-            largest = max(grid.abs().max().item() for grid in grids)
-            print_row(name, steps, f"{result['mel_l1_db']:.2f}", f"{result['linear_l1_db']:.2f}", f"{largest:.3g}")
+def damage(name, model, target):
+    whole = model.automaton.rollout(*model.automaton.seed(target.n_frames), model.card.num_steps)
+    damaged = tuple(grid.clone() for grid in whole)
+    for grid in damaged:
+        middle(grid).zero_()
+    healed, older = (model.automaton.rollout(*grids, 96) for grids in (damaged, whole))
+    errors = [(decode_db(mel)[0].cpu() - target.mel_db).abs() for mel, _ in (whole, damaged, healed, older)]
+    titles = ("before", "damaged", "96 steps later", "undamaged, 96 steps later")
+    row = {"run": name, **{title: f"{middle(error).mean():.2f}" for title, error in zip(titles, errors, strict=True)}}
+    outside = torch.ones_like(target.mel_db, dtype=torch.bool)
+    middle(outside).fill_(False)
+    yield {**row, "outside, 96 steps later": f"{errors[2][outside].mean():.2f}"}
 
 
-def damage(runs):
-    print_head("run", "before", "damaged", "96 steps later", "undamaged, 96 steps later", "outside, 96 steps later")
-    for name, (model, sound, target) in runs.items():
-
-        def errors(grids, inside, target=target):
-            error = (decode_db(grids[0])[0] - target.mel_db).abs()
-            block = torch.zeros_like(error, dtype=torch.bool)
-            block[tuple(slice(size // 3, 2 * size // 3) for size in error.shape)] = True
-            return f"{error[block if inside else ~block].mean().item():.2f}"
-
-        whole = model.rollout(*model.seed(target.n_frames), sound["num_steps"])
-        damaged = tuple(grid.clone() for grid in whole)
-        for grid in damaged:
-            rows, columns = (slice(size // 3, 2 * size // 3) for size in grid.shape[2:])
-            grid[:, :, rows, columns] = 0.0
-        healed, older = model.rollout(*damaged, 96), model.rollout(*whole, 96)
-        inside = [errors(grids, True) for grids in (whole, damaged, healed, older)]
-        print_row(name, *inside, errors(healed, False))
+TABLES = {"lengths": lengths, "ages": ages, "damage": damage}
 
 
-WHAT = {"lengths": lengths, "ages": ages, "damage": damage}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments=None):
+    """-> {table: rows}."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.lifetimes", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
-    arguments = parser.parse_args()
-    runs = {folder.name: read_run(folder) for folder in arguments.runs}
+    parser.add_argument("--what", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder for lifetimes.md and lifetimes.csv")
+    options = parser.parse_args(arguments)
+    runs = {folder.name: read_run(folder) for folder in options.runs}
+    tables = {}
     with torch.no_grad():
-        for what in arguments.what:
-            print(f"\n{what}\n")
-            WHAT[what](runs)
+        for what in options.what:
+            tables[what] = [row for name, run in runs.items() for row in TABLES[what](name, *run)]
+    text = "\n\n".join(f"**{what}**\n\n{report.table(rows)}" for what, rows in tables.items())
+    text = f"{report.machine_line(report.machine())}\n\n{text}\n"
+    if options.out:
+        rows = [{"table": what, **row} for what, rows in tables.items() for row in rows]
+        report.write(options.out, "lifetimes", text, rows)
+    print(text)
+    return tables
 
 
 if __name__ == "__main__":
