@@ -161,7 +161,10 @@ def summary(rows):
             chosen = [row for row in runs if row["sound"] == sound]
             by_sound.append({**title, "sound": sound, "seeds": len(chosen), **medians(shown, chosen)})
         ways += [{**title, "decoded": way, **medians(WAV_METRICS, runs, f"{way}/")} for way in DECODED]
-    where = dict.fromkeys("{machine}; {capability} kernels; commit {commit}, {date}".format(**row) for row in rows)
+    where = {}
+    for row in rows:
+        commits = where.setdefault("{machine}; {capability} kernels".format(**row), {})
+        commits["{commit}, {date}".format(**row)] = True
     tables = {
         "Medians over sounds and seeds": means,
         f"Ratios to `{BASELINE}` with the same sound, seed and budget: medians, and the worst": ratios,
@@ -169,7 +172,8 @@ def summary(rows):
         "What was decoded: medians of the wav's metrics over sounds and seeds": ways,
     }
     parts = [f"**{title}**\n\n{report.table(table)}" for title, table in tables.items() if table]
-    return "\n\n".join([*where, *parts]) + "\n"
+    parts = [f"{machine}; commit {'; '.join(commits)}" for machine, commits in where.items()] + parts
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments=None):
