@@ -4,7 +4,7 @@ Method. Each implementation (benchmarks/implementations.py) runs in a process of
 it has threads, so that all have the same and no two thread pools meet. All are compiled and warm before the first
 timing, and their results are compared with the reference first: what computes something else is not timed. Within a
 table the implementations, and the measurement of the machine's multiply-add peak, take turns, so that a slow minute of
-the machine is shared by all; a slow one stops when its time (``--budget``) is spent, but every one runs the whole work
+the machine is shared by all; a slow one stops when its time (half a minute) is spent, but every one runs the whole work
 at least once. A time is the median of the turns (p50), beside p20 and p80. "Cores" is processor time per second: how
 many processors were really kept busy.
 
@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +49,28 @@ TOLERANCE = {**dict.fromkeys(IMPLEMENTATIONS, 1e-3), "cpu-bf16": 5e-2}
 SMALL_GRIDS = (((80, 513), 8), ((80, 513), 1), ((80, 513), 32), ((16, 16), 16), ((1, 1), 1), ((1, 1), 64))
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much work the sections do.
+
+    bands: n_mels and n_linear. width: frames of the main tables, 264 are 3 s of sound. steps: of an epoch.
+    forward_steps: of a forward rollout. widths: frames of the scaling tables. rounds: turns of each implementation.
+    budget: seconds after which one takes no further turn. repeats: calls of a turn where a call is short.
+    """
+
+    bands: tuple = (80, 513)
+    width: int = 264
+    steps: int = 96
+    forward_steps: int = 32
+    widths: tuple = (32, 88, 264, 1024, 4096)
+    rounds: int = 9
+    budget: float = 30.0
+    repeats: int = 100
+
+
+QUICK = Size((8, 24), width=16, steps=4, forward_steps=2, widths=(8, 16), rounds=2, budget=1.0, repeats=5)
+
+
 def available_bytes():
     """Memory that the system could still give, or None where it does not say."""
     try:
@@ -65,17 +87,17 @@ def say(message):
 class Bench:
     """The workers of all implementations, each started when it is first needed.
 
-    options: of the command line. workload: that of the main tables. names: the implementations that run here, in the
-    order of the tables. skipped: {name: why it does not run}.
+    size: a Size. threads: of each worker. workload: that of the main tables. names: the implementations that run here,
+    in the order of the tables. skipped: {name: why it does not run}.
     """
 
-    def __init__(self, options):
-        self.options = options
-        self.workload = Workload(options.width, n_mels=options.bands[0], n_linear=options.bands[1])
+    def __init__(self, size, threads, names):
+        self.size, self.threads = size, threads
+        self.workload = Workload(size.width, n_mels=size.bands[0], n_linear=size.bands[1])
         self.stack = ExitStack()
         self.workers = {}
-        self.names, self.skipped = list(options.implementations), {}
-        for name in options.implementations:
+        self.names, self.skipped = list(names), {}
+        for name in names:
             if why_not(name):
                 self.skip(name, why_not(name))
 
@@ -96,7 +118,7 @@ class Bench:
 
     def worker(self, name):
         if name not in self.workers:
-            self.workers[name] = self.stack.enter_context(Worker(name, self.options.threads))
+            self.workers[name] = self.stack.enter_context(Worker(name, self.threads))
         return self.workers[name]
 
     def prepare(self, task, kind, num_steps, workload):
@@ -147,8 +169,13 @@ class Bench:
                 self.skip(name, f"an epoch of {num_steps} steps needs {gigabytes}")
 
     def take_turns(self, calls):
-        """{name: function} -> {name: [what each of its turns returned]}."""
-        return take_turns(calls, self.options.budget, self.options.rounds)
+        """{label: function} -> {label: [what each of its turns returned]}."""
+        return take_turns(calls, self.size.budget, self.size.rounds)
+
+    def time(self, tasks, repeats=1):
+        """{label: (implementation, task)} -> {label: summary of its times}."""
+        calls = {label: partial(self.worker(name).measure, task, repeats) for label, (name, task) in tasks.items()}
+        return {label: summarize(turns) for label, turns in self.take_turns(calls).items()}
 
 
 # A section takes a Bench and returns rows; a row is a dict with "name" and whatever of COLUMNS it has to tell.
@@ -181,26 +208,25 @@ def compare(bench, kind, num_steps, flops):
 
 
 def forward(bench):
-    steps = bench.options.forward_steps
+    steps = bench.size.forward_steps
     rows = compare(bench, "forward", steps, FORWARD_FLOPS)
     return [row | {key: row[key] / steps for key in ("p20", "p50", "p80")} for row in rows]
 
 
 def training(bench):
-    return compare(bench, "training", bench.options.steps, TRAINING_FLOPS)
+    return compare(bench, "training", bench.size.steps, TRAINING_FLOPS)
 
 
 def checkpoints(bench):
-    steps = bench.options.steps
+    steps = bench.size.steps
     rows = []
     for name in bench.ours:
         worker = bench.worker(name)
         counts = [every for every in (1, 2, 4, 8, 10, 16, 24) if every < steps]
         for every in counts:
             worker.prepare(every, "training", steps, bench.workload, checkpoint_every=every)
-        turns = bench.take_turns({every: partial(worker.measure, every) for every in counts})
+        times = bench.time({every: (name, every) for every in counts})
         worker.forget()
-        times = {every: summarize(turns[every]) for every in counts}
         for every, result in times.items():
             rows.append({"name": name, "checkpoint_every": every, **result, "ratio": result["p50"] / times[1]["p50"]})
     return rows
@@ -216,11 +242,11 @@ def scale(bench, kind, axis, variants):
         worker = bench.worker(name)
         for value, (num_steps, workload, threads) in variants.items():
             worker.prepare(value, kind, num_steps, workload, threads=threads)
-        turns = bench.take_turns({value: partial(worker.measure, value) for value in variants})
+        times = bench.time({value: (name, value) for value in variants})
         worker.forget()
         first = None
         for value, (num_steps, workload, _) in variants.items():
-            row = {"name": name, axis: value, "num_steps": num_steps, **summarize(turns[value])}
+            row = {"name": name, axis: value, "num_steps": num_steps, **times[value]}
             row["ns"] = 1e9 * row["p50"] / (workload.cells * num_steps)
             first = first or row["ns"]
             row["ratio"] = row["ns"] / first
@@ -233,29 +259,29 @@ def scale(bench, kind, axis, variants):
 def widths(bench, kind):
     # Enough steps everywhere that what a call pays once, copies and first touches of memory, weighs as in an epoch, and
     # otherwise about the same number of cells and steps.
-    work = bench.options.width * bench.options.forward_steps
-    most = bench.options.steps
+    work = bench.size.width * bench.size.forward_steps
+    most = bench.size.steps
     variants = {}
-    for width in bench.options.widths:
+    for width in bench.size.widths:
         variants[width] = min(most, max(most // 4, work // width)), replace(bench.workload, width=width), None
     return scale(bench, kind, "width", variants)
 
 
 def threads(bench, kind):
-    counts = [2**n for n in range(bench.options.threads.bit_length())]
-    steps = bench.options.forward_steps
+    counts = [2**n for n in range(bench.threads.bit_length())]
+    steps = bench.size.forward_steps
     return scale(bench, kind, "threads", {count: (steps, bench.workload, count) for count in counts})
 
 
 def batches(bench):
-    workload = replace(bench.workload, width=min(bench.options.widths))
-    steps = bench.options.forward_steps
+    workload = replace(bench.workload, width=min(bench.size.widths))
+    steps = bench.size.forward_steps
     return scale(bench, "forward", "batch", {n: (steps, replace(workload, batch=n), None) for n in (1, 2, 4, 8)})
 
 
 def steps(bench):
-    workload = replace(bench.workload, width=min(bench.options.widths))
-    counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 96) if n <= bench.options.steps]
+    workload = replace(bench.workload, width=min(bench.size.widths))
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 96) if n <= bench.size.steps]
     return scale(bench, "training", "num_steps", {n: (n, workload, None) for n in counts})
 
 
@@ -267,10 +293,7 @@ def calls(bench):
         for kind in ("forward", "training"):
             for name in names:
                 bench.worker(name).prepare("call", kind, 1, workload)
-            turns = bench.take_turns(
-                {name: partial(bench.worker(name).measure, "call", bench.options.repeats) for name in names}
-            )
-            times = {name: summarize(turns[name]) for name in names}
+            times = bench.time({name: (name, "call") for name in names}, bench.size.repeats)
             for name, result in times.items():
                 row = {"name": name, "shape": f"{n_mels} x {frames} + {n_linear} x {frames}", "kind": kind, **result}
                 del row["cores"], row["memory"]
@@ -285,7 +308,7 @@ def parity(bench):
     tasks = {
         "step": ("forward", 1, workload),
         "gradient": ("training", 1, workload),
-        "rollout": ("forward", bench.options.steps, replace(workload, lively=True)),
+        "rollout": ("forward", bench.size.steps, replace(workload, lively=True)),
     }
 
     def outputs(name, **options):
@@ -380,12 +403,6 @@ def parse(arguments):
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder for cpu.md and cpu.csv")
     parser.add_argument("--quick", action="store_true", help="small grids and few steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--width", type=int, help="frames of the main tables (264: 3 s of sound)")
-    parser.add_argument("--steps", type=int, help="steps of an epoch (96)")
-    parser.add_argument("--forward-steps", type=int, help="steps of a forward rollout (32)")
-    parser.add_argument("--widths", type=int, nargs="+", help="frames of the scaling tables")
-    parser.add_argument("--rounds", type=int, help="turns of each implementation (9)")
-    parser.add_argument("--budget", type=float, help="seconds after which one takes no further turn (30)")
     parser.add_argument(
         "--implementations",
         nargs="+",
@@ -393,11 +410,6 @@ def parse(arguments):
         default=list(IMPLEMENTATIONS),
         help="those to measure; eager and cpu-fp32 always are, because all are compared with them",
     )
-    defaults = {"width": 264, "steps": 96, "forward_steps": 32, "widths": [32, 88, 264, 1024, 4096]}
-    defaults |= {"rounds": 9, "budget": 30.0, "bands": (80, 513), "repeats": 100}
-    quick = {"width": 16, "steps": 4, "forward_steps": 2, "widths": [8, 16]}
-    quick |= {"rounds": 2, "budget": 1.0, "bands": (8, 24), "repeats": 5}
-    parser.set_defaults(**(quick if parser.parse_args(arguments).quick else defaults))
     options = parser.parse_args(arguments)
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
@@ -408,6 +420,7 @@ def parse(arguments):
         parser.error(why_not("cpu-fp32"))
     wanted = ("eager", "cpu-fp32", *options.implementations)
     options.implementations = [name for name in IMPLEMENTATIONS if name in wanted]
+    options.size = QUICK if options.quick else Size()
     return options
 
 
@@ -418,13 +431,13 @@ def main(arguments=None):
     started, load = time.monotonic(), os.getloadavg()[0]
     facts = report.machine_line(report.machine())
     sections = {}
-    with Bench(options) as bench:
+    with Bench(options.size, options.threads, options.implementations) as bench:
         for name in options.sections or SECTIONS:
             say(f"section {name}")
             sections[name] = SECTIONS[name][1](bench)
             about = (
-                f"{facts}; load {load:.1f} before the run. W = {options.width}, {options.threads} threads, epochs of "
-                f"{options.steps} steps. `{' '.join(['python -m benchmarks.speed.cpu', *arguments])}`, "
+                f"{facts}; load {load:.1f} before the run. W = {bench.size.width}, {bench.threads} threads, epochs of "
+                f"{bench.size.steps} steps. `{' '.join(['python -m benchmarks.speed.cpu', *arguments])}`, "
                 f"{(time.monotonic() - started) / 60:.0f} minutes."
             )
             text = markdown(about, bench.skipped, sections)
