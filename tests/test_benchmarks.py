@@ -1,46 +1,64 @@
 """The benchmarks at a tiny size: that they run, agree and write, not what they measure."""
 
-import json
+import csv
 import multiprocessing
-from dataclasses import replace
+import time
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import cpu, curves, implementations, recipes, workers
-from fastnca import training
+from benchmarks import implementations, report
+from benchmarks.quality import curves, lifetimes, recipes, sounds
+from benchmarks.speed import cpu, workers
+from fastnca.sound.spectrogram import analyze
 
 pytestmark = pytest.mark.skipif(
     implementations.why_not("cpu-fp32") is not None, reason="fastnca was installed without its extension"
 )
 
 
-def test_the_runner_writes_its_tables(tmp_path, capsys):
-    sections = ["forward", "training", "checkpoints", "widths", "threads", "parity"]
-    arguments = [*sections, "--quick", "--implementations", "cpu-bf16", "--threads", "1", "-o", str(tmp_path)]
-    results = cpu.main(arguments)
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Grids this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_cpu_benchmark_writes_its_tables(tmp_path, capsys):
+    names = ["forward", "training", "checkpoints", "widths", "threads", "parity"]
+    arguments = [*names, "--quick", "--implementations", "cpu-bf16", "--threads", "1", "-o", str(tmp_path)]
+    sections = cpu.main(arguments)
     assert multiprocessing.active_children() == []
-    assert list(results["sections"]) == sections
-    for name, row in {row["name"]: row for row in results["sections"]["training"]}.items():
-        assert row["p50"] > 0 and row["difference"] <= cpu.TOLERANCE.get(name, cpu.DEFAULT_TOLERANCE)
-    rows = {row["name"]: row for row in results["sections"]["forward"]}
-    assert 0 < rows["cpu-fp32"]["share"] <= 1.2
-    assert rows["cpu-fp32"]["times_cpu-fp32"] == 1.0
+    assert list(sections) == names
+    assert all(row["p50"] > 0 and row["difference"] <= cpu.TOLERANCE[row["name"]] for row in sections["training"])
+    rows = {row["name"]: row for row in sections["forward"]}
+    assert 0 < rows["cpu-fp32"]["share_of_peak"] <= 1.2
+    assert rows["cpu-fp32"]["over_fp32"] == 1.0
     assert ("cpu-bf16" in rows) == (implementations.why_not("cpu-bf16") is None)
-    assert [row["width"] for row in results["sections"]["widths"] if row["name"] == "cpu-fp32"] == [8, 16]
-    assert {row["capability"] for row in results["sections"]["parity"]} >= {None, "baseline"}
-    assert all(row["flips"] == 0.0 for row in results["sections"]["parity"] if row["name"] != "cpu-bf16")
-    written = json.loads((tmp_path / "cpu.json").read_text())
-    assert written["sections"]["forward"] == results["sections"]["forward"]
+    assert [row["width"] for row in sections["widths"] if row["name"] == "cpu-fp32"] == [8, 16]
+    assert {row["capability"] for row in sections["parity"]} >= {None, "baseline"}
+    assert all(row["flipped"] == 0.0 for row in sections["parity"] if row["name"] != "cpu-bf16")
+    written = read_csv(tmp_path / "cpu.csv")
+    assert [row["section"] for row in written] == [name for name in names for _ in sections[name]]
+    assert float(written[0]["p50"]) == pytest.approx(sections["forward"][0]["p50"], rel=1e-5)
     text = (tmp_path / "cpu.md").read_text()
     assert capsys.readouterr().out == text + "\n"
-    assert "| fastnca fp32 |" in text and results["about"]["commit"] in text and "python -m benchmarks.cpu" in text
+    assert "| fastnca fp32 |" in text and report.machine()["commit"] in text
+    assert "python -m benchmarks.speed.cpu forward" in text
 
 
 def test_a_different_result_is_not_timed(monkeypatch):
-    options = cpu.parse(["--quick", "--implementations", "eager", "--threads", "1"])
-    monkeypatch.setattr(cpu, "DEFAULT_TOLERANCE", -1.0)
-    with cpu.Bench(options) as bench, pytest.raises(AssertionError, match="does not compute the reference's forward"):
+    monkeypatch.setitem(cpu.TOLERANCE, "cpu-fp32", -1.0)
+    expected = pytest.raises(AssertionError, match="fastnca fp32 does not compute the reference's forward")
+    with cpu.Bench(cpu.QUICK, 1, ["eager", "cpu-fp32"]) as bench, expected:
         cpu.forward(bench)
 
 
@@ -51,22 +69,32 @@ def test_unknown_sections_are_named(capsys):
 
 
 def test_a_workers_error_comes_back():
-    with workers.Worker("cpu-fp32", 1) as worker, pytest.raises(workers.WorkerFailed, match="KeyError: 'nothing'"):
-        worker.call("nothing")
+    with workers.Worker("cpu-fp32", 1) as worker, pytest.raises(KeyError, match="nothing"):
+        worker.measure("nothing")
 
 
-def test_interleave_takes_turns_and_stops_the_slow():
+def test_turns_are_taken_and_the_slow_stop():
     order = []
 
     def call(name, seconds):
         order.append(name)
-        return {"seconds": [seconds], "cores": 1.0, "bytes": None}
+        time.sleep(seconds)
+        return name
 
-    calls = {"slow": lambda: call("slow", 5.0), "fast": lambda: call("fast", 1.0)}
-    summary = workers.interleave(calls, budget=4.0, rounds=3)
+    calls = {"slow": lambda: call("slow", 0.2), "fast": lambda: call("fast", 0.0)}
+    turns = workers.take_turns(calls, budget=0.1, rounds=3)
     assert order == ["slow", "fast", "fast", "fast"]
-    assert summary["slow"]["count"] == 1 and summary["fast"]["count"] == 3
-    assert summary["fast"]["p20"] == summary["fast"]["p50"] == summary["fast"]["p80"] == 1.0
+    assert turns == {"slow": ["slow"], "fast": ["fast"] * 3}
+
+
+def test_turns_are_summarized():
+    turns = [workers.Turn([1.0, 2.0], 1.0, 10), workers.Turn([3.0], 3.0, 20), workers.Turn([4.0])]
+    summary = workers.summarize(turns)
+    assert summary == {"p20": pytest.approx(1.6), "p50": 2.5, "p80": pytest.approx(3.4), "count": 4} | {
+        "cores": 2.0,
+        "memory": 20,
+    }
+    assert report.quantiles([1.0]) == {"p20": 1.0, "p50": 1.0, "p80": 1.0, "count": 1}
 
 
 def test_peak_memory_is_seen():
@@ -78,15 +106,36 @@ def test_peak_memory_is_seen():
     assert 60e6 < workers.resident_bytes(peak=True) - idle < 100e6
 
 
-def test_curves_overlay(tmp_path, monkeypatch):
-    monkeypatch.setitem(curves.RECIPES, "default", replace(curves.RECIPES["default"], num_steps=4))
-    arguments = ["-o", str(tmp_path), "--epochs", "3", "--duration", "0.09", "--frames", "3", "--control"]
-    results = curves.main(arguments)
-    assert results["reference"]["final_loss_ratio"] == 1.0
-    assert abs(results["cpu fp32"]["final_loss_ratio"] - 1.0) < 0.02
-    assert curves.CONTROL in results
+def test_flipped_cells_are_counted_once_per_cell():
+    expected = [torch.ones(1, 16, 2, 5), torch.full((1, 16, 6, 5), 2.0)]
+    grids = [grid.clone() for grid in expected]
+    grids[0][0, :, 0, 0] += 1.0  # all channels of one cell
+    grids[1][0, 3, 2, 2] += 1e-4
+    share, error = implementations.flipped_cells(grids, expected)
+    assert share == 1 / 40 and error == pytest.approx(0.5e-4, rel=1e-2)
+
+
+def test_tables_leave_out_empty_columns_and_csv_keeps_six_digits(tmp_path):
+    rows = [{"name": "a", "seconds": 0.0123456789, "note": None}, {"name": "b", "passed": False}]
+    assert report.table(rows) == (
+        "| name | seconds | passed |\n| --- | ---: | ---: |\n| a | 0.0123 |  |\n| b |  | **NO** |"
+    )
+    columns = {"seconds": ("time", report.duration), "other": ("other", None)}
+    assert report.table(rows, columns).splitlines()[-2:] == ["| 12.3 ms |", "|  |"]
+    report.write(tmp_path / "new", "results", "text\n", rows)
+    assert (tmp_path / "new" / "results.csv").read_text() == "name,seconds,note,passed\na,0.0123457,,\nb,,,False\n"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.csv", "results.md"]
+
+
+def test_curves_overlay(tmp_path):
+    arguments = ["bowed", "-o", str(tmp_path), "--epochs", "3", "--duration", "0.09", "--control"]
+    rows = {row["run"]: row for row in curves.main([*arguments, "--recipe", "default,num_steps=4"])}
+    assert rows["reference"]["final_loss_ratio"] == 1.0
+    assert abs(rows["cpu fp32"]["final_loss_ratio"] - 1.0) < 0.02
+    assert curves.CONTROL in rows
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    assert len(json.loads((tmp_path / "curves.json").read_text())["losses"]["reference"]) == 3
+    assert [row["epoch"] for row in read_csv(tmp_path / "curves.csv")] == ["1", "2", "3"]
+    assert "| cpu fp32 |" in (tmp_path / "curves.md").read_text()
 
 
 def test_curves_are_told_apart():
@@ -98,39 +147,63 @@ def test_curves_are_told_apart():
     assert abs(result["final_loss_ratio"] - 1.1) < 1e-6 and abs(result["max_deviation"] - 0.1) < 0.01
 
 
-def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch, capsys):
-    for name, recipe in training.RECIPES.items():
-        monkeypatch.setitem(training.RECIPES, name, replace(recipe, num_steps=4, learning_rate=1e-4))
+def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch):
+    chosen = ["default,linear_weight=0,num_steps=4", "notebook"]
     monkeypatch.setattr(recipes, "AGES", (6,))
-    chosen = ["default", "default,linear_weight=0", "notebook"]
-    arguments = ["voice", "--duration", "0.1", "--epochs", "1", "-o", str(tmp_path), "--recipes", *chosen]
-    recipes.main(arguments)
+    arguments = ["voice", "--duration", "0.2", "--epochs", "1", "-o", str(tmp_path), "--recipes"]
+    recipes.main([*arguments, *chosen])
     first = (tmp_path / "recipes.csv").read_text()
     with monkeypatch.context() as patched:
         patched.setattr(recipes, "grow", None)
-        recipes.main(arguments)
+        recipes.main([*arguments, *chosen])
     assert (tmp_path / "recipes.csv").read_text() == first
-    rows = json.loads((tmp_path / "recipes.json").read_text())
+    rows = read_csv(tmp_path / "recipes.csv")
     assert [row["recipe"] for row in rows] == chosen
-    assert all(row["epochs"] == 1 and "mel_l1_db@6" in row and row["commit"] for row in rows)
-    assert rows[0]["ceiling/spectral_convergence_db"] < rows[0]["grown/spectral_convergence_db"]
-    ratio = rows[0]["mel_l1_db"] / rows[2]["mel_l1_db"]
-    assert f"| `default` | 1 | {ratio:.3g} ({ratio:.3g}) |" in (tmp_path / "recipes.md").read_text()
+    assert all(row["epochs"] == "1" and row["mel_l1_db@6"] and row["commit"] for row in rows)
+    error = {way: float(rows[0][f"{way}/spectral_convergence_db"]) for way in recipes.DECODED}
+    assert error["ceiling"] < error["grown"]
+    ratio = float(rows[0]["mel_l1_db"]) / float(rows[1]["mel_l1_db"])
+    assert f"| `{chosen[0]}` | 1 | {ratio:.3g} ({ratio:.3g}) |" in (tmp_path / "recipes.md").read_text()
     assert (tmp_path / "voice_0.png").stat().st_size > 1000
 
+    # A run's folder is all that lifetimes needs.
+    monkeypatch.setattr(lifetimes, "AGES", (6, 8))
+    monkeypatch.setattr(lifetimes, "LENGTHS", (1, 2))
+    (run,) = (tmp_path / "runs").glob("default,*")
+    tables = lifetimes.main([str(run), "-o", str(tmp_path)])
+    assert list(tables) == ["lengths", "ages", "damage"]
+    assert [row["steps"] for row in tables["ages"]] == [6, 8]
+    assert {row["time"] for row in tables["lengths"]} == {"target", "stretch", "sustain"}
+    assert "undamaged, 96 steps later" in tables["damage"][0]
+    assert len(read_csv(tmp_path / "lifetimes.csv")) == sum(map(len, tables.values()))
 
-def test_a_recipe_that_diverges_is_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "loss", lambda self, mel_db, linear_db: float("nan") * mel_db.sum())
-    recipes.main(["voice", "--duration", "0.1", "--epochs", "1", "-o", str(tmp_path), "--recipes", "notebook"])
-    (row,) = json.loads((tmp_path / "recipes.json").read_text())
+
+def test_a_recipe_that_diverges_is_a_row(tmp_path):
+    recipe = "notebook,learning_rate=1e30,num_steps=4"
+    recipes.main(["voice", "--duration", "0.1", "--epochs", "20", "-o", str(tmp_path), "--recipes", recipe])
+    (row,) = read_csv(tmp_path / "recipes.csv")
     assert "the loss became nan" in row["diverged"]
-    assert "| `notebook` | 1 | 1 |" in (tmp_path / "recipes.md").read_text()
+    assert f"| `{recipe}` | 1 | 1 |" in (tmp_path / "recipes.md").read_text()
 
 
 def test_changed_recipes_are_read():
-    changed = recipes.find_recipe('default,continued=0.3,optimizer="adam",linear_weight=3')
-    assert changed.continued == 0.3 and changed.optimizer == "adam" and changed.linear_weight == 3
+    text = 'default,continue_share=0.3,optimizer="adam",linear_weight=3'
+    changed = recipes.read_recipe(text)
+    assert changed.continue_share == 0.3 and changed.optimizer == "adam" and changed.linear_weight == 3
+    assert changed.name == text
     with pytest.raises(ValueError, match="no field 'learning'"):
-        recipes.find_recipe("default,learning=1")
+        recipes.read_recipe("default,learning=1")
     with pytest.raises(ValueError, match="adam is not JSON"):
-        recipes.find_recipe("default,optimizer=adam")
+        recipes.read_recipe("default,optimizer=adam")
+
+
+@pytest.mark.parametrize("name", sounds.SOUNDS)
+def test_synthesized_sounds_can_be_learned(name):
+    _, samples = sounds.load(name, 0.5)
+    assert analyze(samples).n_frames in (43, 48)  # a bowed string is rounded up to eight frames
+    assert 0.1 < np.abs(samples).max() < 1.2
+
+
+def test_lifetimes_hear_the_pitch():
+    time = np.arange(22050) / 22050
+    assert lifetimes.peak_frequency(np.sin(2 * np.pi * 441.3 * time)) == pytest.approx(441.3, abs=0.05)

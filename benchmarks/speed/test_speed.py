@@ -1,15 +1,13 @@
-"""pytest benchmarks: the speed of a rollout on small grids, in about a minute. For figures to quote: benchmarks.cpu."""
+"""pytest benchmarks: the speed of a rollout on small grids, in about a minute. Quote benchmarks.speed.cpu instead."""
 
 import pytest
 
-from .implementations import TITLES, Problem, build, why_not
+from ..implementations import TITLES, Workload, build, why_not
 
-NAMES = ["eager", "cpu-fp32", "cpu-bf16"]
-WIDTHS = [8, 64]
 STEPS = 4
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=["eager", "cpu-fp32", "cpu-bf16"])
 def name(request):
     reason = why_not(request.param)
     if reason:
@@ -17,10 +15,10 @@ def name(request):
     return request.param
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [8, 64])
 @pytest.mark.parametrize("kind", ["forward", "training"])
 def test_rollout(benchmark, name, kind, width):
     benchmark.group = f"{kind}, {STEPS} steps, W = {width}"
-    work = getattr(build(name, Problem(width)), kind)(STEPS)
+    work = getattr(build(name, Workload(width)), kind)(STEPS)
     result = benchmark.pedantic(work, rounds=7, warmup_rounds=2)
     assert all(tensor.isfinite().all() for tensor in result)

@@ -1,0 +1,1 @@
+"""How well sounds are learned, and what becomes of what has grown."""
