@@ -1,6 +1,9 @@
-"""What fastnca costs, beside what the same automaton costs elsewhere.
+"""What fastnca costs and how well it learns, beside what the same automaton does elsewhere.
 
-``python -m benchmarks.cpu`` writes the README's tables, ``python -m benchmarks.curves`` compares training curves, and
-``pytest benchmarks`` is a quick look at the speed of one step. ``python -m benchmarks.gpu_report`` tells without a GPU
-what the Triton kernels compile to, and ``python -m benchmarks.gpu_check`` checks and measures them on one.
+- ``speed``: how long a rollout takes. ``python -m benchmarks.speed.cpu`` writes the README's tables, and
+  ``python -m benchmarks.speed.gpu`` checks and measures the Triton kernels on a GPU; ``pytest benchmarks`` is a quick
+  look.
+- ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends, ``lifetimes`` tells what
+  becomes of a grown sound.
+- ``compiled``: what the Triton kernels compile to, told without a GPU.
 """

@@ -1,111 +1,140 @@
-"""The automaton as different libraries run it: the same problem, the same outputs, the same gradients.
+"""The automaton as different libraries run it: the same workload, the same outputs, the same gradients.
 
-An implementation is built on a :class:`Problem` and prepares two kinds of work, compiled and warm, as functions
-without arguments:
+An implementation is built for a :class:`Workload` and prepares two kinds of work as functions without arguments:
 
-- ``forward(num_steps)``: a rollout of both grids without gradients -> the final grids;
-- ``training(num_steps)``: a rollout, the mean absolute error of both decoded grids, and its gradients with respect to
-  all six parameters -> those gradients. (The optimizer's update of 18 thousand numbers is left out everywhere.)
+- ``forward(num_steps)``: a rollout of both grids without gradients -> the final grids [N, 16, H, T];
+- ``training(num_steps)``: a rollout, the mean absolute error of both decoded grids in dB, and its gradients with
+  respect to all six parameters -> those gradients. (The optimizer's update of 18 thousand numbers is left out.)
 
 ``outputs()`` turns either result into NumPy arrays in PyTorch's layout, to check that all do the same work.
 """
 
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from fastnca import DualSpecTNCA, backends, decode_db, reference
-from fastnca.training import RECIPES
+from fastnca import RECIPES, DualSpecTNCA, decode_db
+from fastnca.automaton import backends, reference
+from fastnca.automaton.rule import CHANNELS, HIDDEN1, HIDDEN2, perception
+
+# Operations per cell and step, two for each multiply-add of the 1x1 convolutions. Training adds the hidden layers once
+# more, and the gradients of the activations and of the weights.
+HIDDEN_FLOPS = 2 * (perception(CHANNELS) * HIDDEN1 + HIDDEN1 * HIDDEN2)
+FORWARD_FLOPS = HIDDEN_FLOPS + 2 * HIDDEN2 * CHANNELS
+TRAINING_FLOPS = 3 * FORWARD_FLOPS + HIDDEN_FLOPS
+FLIPPED = 1e-3  # share of the largest value by which a cell is off that has taken another path
 
 
-class Problem:
-    """A model with the recipe's coordinates, its initial grids, and targets, from a seed.
+@dataclass(frozen=True)
+class Workload:
+    """What an implementation is given to run: a model with the recipe's coordinates, initial grids and targets.
 
-    ``lively``: cells die and come back, and rounding decides about some of them.
+    width: frames T. batch: N. n_mels, n_linear: bands H of the two grids. lively: cells die and come back, and
+    rounding decides about some of them.
     """
 
-    def __init__(self, width, batch=1, n_mels=80, n_linear=513, seed=0, lively=False, device="cpu"):
-        torch.manual_seed(seed)
-        self.model = DualSpecTNCA(n_mels=n_mels, n_linear=n_linear, coordinates=RECIPES["default"].coordinates)
-        # As after some epochs: every parameter has a gradient, every cell lives, and no value fades or explodes.
-        torch.nn.init.normal_(self.model.update_mlp[-1].weight, std=2e-3)
-        self.grids = [grid.repeat(batch, 1, 1, 1) for grid in self.model.seed(width)]
-        if lively:
-            torch.nn.init.normal_(self.model.update_mlp[-1].weight, std=5e-3)
-            torch.nn.init.normal_(self.model.update_mlp[-1].bias, std=1e-2)
-            for grid in self.grids:
-                grid.normal_()
-                grid[:, 1].uniform_()
-        self.targets = [torch.rand(grid.shape[0], *grid.shape[2:]) * 80.0 - 80.0 for grid in self.grids]
-        # Drawn on the CPU, so that every device has the same problem.
-        self.model.to(device)
-        self.grids, self.targets = ([x.to(device) for x in tensors] for tensors in (self.grids, self.targets))
+    width: int
+    batch: int = 1
+    n_mels: int = 80
+    n_linear: int = 513
+    lively: bool = False
+    device: str = "cpu"
 
     @property
     def cells(self):
-        return sum(grid[:, 0].numel() for grid in self.grids)
+        return self.batch * (self.n_mels + self.n_linear) * self.width
+
+    def make(self):
+        """(DualSpecTNCA, initial grids [N, 16, H, T], targets [N, H, T] in dB), the same on every device."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            model = DualSpecTNCA(n_mels=self.n_mels, n_linear=self.n_linear, coordinates=RECIPES["default"].coordinates)
+            # The model is as after some epochs: every parameter has a gradient, every cell lives, and no value fades.
+            torch.nn.init.normal_(model.update_mlp[-1].weight, std=2e-3)
+            grids = [grid.repeat(self.batch, 1, 1, 1) for grid in model.seed(self.width)]
+            if self.lively:
+                torch.nn.init.normal_(model.update_mlp[-1].weight, std=5e-3)
+                torch.nn.init.normal_(model.update_mlp[-1].bias, std=1e-2)
+                for grid in grids:
+                    grid.normal_()
+                    grid[:, 1].uniform_()
+            targets = [torch.rand(grid.shape[0], *grid.shape[2:]) * 80.0 - 80.0 for grid in grids]
+        return model.to(self.device), *([x.to(self.device) for x in tensors] for tensors in (grids, targets))
 
 
-def _numpy(tensors):
-    return [tensor.detach().numpy() for tensor in tensors]
+def relative_difference(arrays, expected):
+    """The largest distance of an array from the expected one, relative to that one's norm."""
+    pairs = zip(map(torch.as_tensor, arrays), map(torch.as_tensor, expected), strict=True)
+    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs)
+
+
+def flipped_cells(grids, expected, border=FLIPPED):
+    """(share of the cells that took another path, largest error of the others), of grids [N, C, H, T].
+
+    Errors are relative to the largest value of the expected grids; a cell whose error is above ``border`` has flipped.
+    """
+    pairs = [(torch.as_tensor(x).double(), torch.as_tensor(y).double()) for x, y in zip(grids, expected, strict=True)]
+    errors = torch.cat([(x - y).abs().amax(1).flatten() for x, y in pairs])
+    errors = errors / max(y.abs().max() for _, y in pairs)
+    flipped = errors > border
+    return flipped.double().mean().item(), errors[~flipped].max().item()
 
 
 class _Torch:
-    def __init__(self, problem):
-        self.problem = problem
-        self.parameters = list(problem.model.parameters())
+    """An implementation whose ``rollout(num_steps)`` autograd follows; ``grids`` and ``parameters`` are its inputs."""
 
-    def _rollout(self, num_steps):
-        raise NotImplementedError
+    def __init__(self, workload):
+        self.model, self.grids, self.targets = workload.make()
+        self.parameters = list(self.model.parameters())
 
     def forward(self, num_steps):
-        return torch.no_grad()(lambda: self._rollout(num_steps))
+        return torch.no_grad()(lambda: self.rollout(num_steps))
 
     def training(self, num_steps):
         def epoch():
-            grown = self._rollout(num_steps)
-            pairs = zip(grown, self.problem.targets, strict=True)
+            pairs = zip(self.rollout(num_steps), self.targets, strict=True)
             loss = sum((decode_db(grid) - target).abs().mean() for grid, target in pairs)
             return torch.autograd.grad(loss, self.parameters)
 
         return epoch
 
-    outputs = staticmethod(_numpy)
+    def outputs(self, tensors):
+        return [tensor.detach().numpy() for tensor in tensors]
 
 
 class Model(_Torch):
-    """``model.rollout`` as users call it, on a named backend."""
+    """``model.rollout`` as users call it, on a named backend; ``double`` computes in float64."""
 
-    def __init__(self, problem, backend, precision="fp32", checkpoint_every=None, double=False):
-        super().__init__(problem)
-        model = problem.model
-        self.model = DualSpecTNCA(**model.config, backend=backend, precision=precision)
-        self.model.load_state_dict(model.state_dict())
-        self.model.to(problem.grids[0].device)
+    def __init__(self, workload, backend, precision="fp32", checkpoint_every=None, double=False):
+        super().__init__(workload)
+        weights = self.model.state_dict()
+        self.model = DualSpecTNCA(**self.model.config, backend=backend, precision=precision).to(workload.device)
+        self.model.load_state_dict(weights)
         if double:
             self.model.double()
-        self.grids = [grid.to(self.model.update_mlp[-1].bias.dtype) for grid in problem.grids]
+            self.grids = [grid.double() for grid in self.grids]
         self.parameters = list(self.model.parameters())
         self.checkpoint_every = checkpoint_every
 
-    def _rollout(self, num_steps):
+    def rollout(self, num_steps):
         return self.model.rollout(*self.grids, num_steps, checkpoint_every=self.checkpoint_every)
 
 
 class Compiled(_Torch):
     """The reference's step of both grids as one graph under torch.compile, for these very shapes."""
 
-    def __init__(self, problem):
-        super().__init__(problem)
+    def __init__(self, workload):
+        super().__init__(workload)
 
         def step(mel, linear, weights):
             return reference.step(mel, weights), reference.step(linear, weights)
 
         self.step = torch.compile(step, fullgraph=True, dynamic=False)
 
-    def _rollout(self, num_steps):
-        grids = self.problem.grids
+    def rollout(self, num_steps):
+        grids = self.grids
         for _ in range(num_steps):
             grids = self.step(*grids, self.parameters)
         return grids
@@ -119,63 +148,14 @@ class Jax:
     convolutions, depthwise or 1x1, made a step take three to ten times as long on a CPU, so none is used.
     """
 
-    def __init__(self, problem):
+    def __init__(self, workload):
         import jax
 
         self.jax = jax
-        self.problem = problem
-        self.weights = [p.detach().numpy() for p in problem.model.parameters()]
-        self.weights = [w.reshape(w.shape[:2]) if w.ndim == 4 else w for w in self.weights]
-        self.grids = _numpy(problem.grids)
-        self.targets = _numpy(problem.targets)
-        self.layout = {}
-
-    def _arguments(self, channels_last):
-        put = self.jax.device_put
-        grids = [put(grid.transpose(0, 2, 3, 1) if channels_last else grid) for grid in self.grids]
-        return [put(w) for w in self.weights], grids, [put(target) for target in self.targets]
-
-    def _rollout(self, channels_last, step, num_steps, weights, grids):
-        step = partial(step, self.jax, channels_last, weights)
-        return self.jax.lax.scan(lambda grids, _: ([step(g) for g in grids], None), grids, None, length=num_steps)[0]
-
-    def _forward(self, channels_last, num_steps, weights, grids, targets):
-        final = self._rollout(channels_last, _jax_step, num_steps, weights, grids)
-        return [self.jax.numpy.moveaxis(g, -1, 1) for g in final] if channels_last else final
-
-    def _training(self, channels_last, num_steps, weights, grids, targets):
-        jnp = self.jax.numpy
-        step = self.jax.checkpoint(_jax_step, static_argnums=(0, 1))
-
-        def loss(weights):
-            final = self._rollout(channels_last, step, num_steps, weights, grids)
-            values = [grid[..., 0] if channels_last else grid[:, 0] for grid in final]
-            return sum(jnp.abs(jnp.tanh(v) * 40.0 - 40.0 - t).mean() for v, t in zip(values, targets))
-
-        return self.jax.grad(loss)(weights)
-
-    def _compile(self, work, channels_last, num_steps):
-        arguments = self._arguments(channels_last)
-        compiled = self.jax.jit(partial(work, channels_last, num_steps)).lower(*arguments).compile()
-        return lambda: self.jax.block_until_ready(compiled(*arguments))
-
-    def _fastest_layout(self, work):
-        seconds = {}
-        for channels_last in (False, True):
-            call = self._compile(work, channels_last, 2)
-            call()
-            times = []
-            for _ in range(3):
-                started = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - started)
-            seconds[channels_last] = min(times)
-        return min(seconds, key=seconds.get)
-
-    def _prepare(self, work, num_steps):
-        if work not in self.layout:
-            self.layout[work] = self._fastest_layout(work)
-        return self._compile(work, self.layout[work], num_steps)
+        model, *tensors = workload.make()
+        self.weights = [p.detach().flatten(1).numpy() if p.ndim == 4 else p.detach().numpy() for p in model.weights]
+        self.grids, self.targets = ([x.numpy() for x in of] for of in tensors)
+        self.layouts = {}
 
     def forward(self, num_steps):
         return self._prepare(self._forward, num_steps)
@@ -186,12 +166,55 @@ class Jax:
     def outputs(self, arrays):
         import numpy as np
 
-        arrays = [np.asarray(array) for array in arrays]
+        arrays = [np.array(array) for array in arrays]
         return [a[..., None, None] if a.ndim == 2 else a for a in arrays]
 
+    def _rollout(self, step, num_steps, weights, grids):
+        def both(grids, _):
+            return [step(weights, grid) for grid in grids], None
 
-def _jax_step(jax, channels_last, weights, s):
-    jnp = jax.numpy
+        return self.jax.lax.scan(both, grids, None, length=num_steps)[0]
+
+    def _forward(self, channels_last, num_steps, weights, grids, targets):
+        final = self._rollout(partial(_jax_step, channels_last), num_steps, weights, grids)
+        return [self.jax.numpy.moveaxis(grid, -1, 1) for grid in final] if channels_last else final
+
+    def _training(self, channels_last, num_steps, weights, grids, targets):
+        jnp = self.jax.numpy
+        step = self.jax.checkpoint(partial(_jax_step, channels_last))
+
+        def loss(weights):
+            final = self._rollout(step, num_steps, weights, grids)
+            values = [grid[..., 0] if channels_last else grid[:, 0] for grid in final]
+            return sum(jnp.abs(jnp.tanh(v) * 40.0 - 40.0 - t).mean() for v, t in zip(values, targets))
+
+        return self.jax.grad(loss)(weights)
+
+    def _compile(self, work, channels_last, num_steps):
+        grids = [grid.transpose(0, 2, 3, 1) if channels_last else grid for grid in self.grids]
+        arguments = self.jax.device_put((self.weights, grids, self.targets))
+        compiled = self.jax.jit(partial(work, channels_last, num_steps)).lower(*arguments).compile()
+        return lambda: self.jax.block_until_ready(compiled(*arguments))
+
+    def _prepare(self, work, num_steps):
+        if work not in self.layouts:
+            self.layouts[work] = min((False, True), key=lambda layout: self._seconds(self._compile(work, layout, 2)))
+        return self._compile(work, self.layouts[work], num_steps)
+
+    def _seconds(self, call):
+        """The shortest of three calls, after one that warms it."""
+        times = [time.perf_counter()]
+        for _ in range(4):
+            call()
+            times.append(time.perf_counter())
+        return min(after - before for before, after in zip(times[1:], times[2:]))
+
+
+def _jax_step(channels_last, weights, s):
+    """One step of one grid s, [N, H, T, 16] with the channels last and else [N, 16, H, T]."""
+    import jax
+    import jax.numpy as jnp
+
     w1, b1, w2, b2, w3, b3 = weights
     y_axis, x_axis, channel_axis = (1, 2, 3) if channels_last else (2, 3, 1)
 
@@ -231,7 +254,7 @@ def _missing_module(name):
     return None if find_spec(name) else f"{name} is not installed (pip install 'fastnca[bench]')"
 
 
-# name: (how to build it, why it cannot run here or None). In the order of the tables.
+# name: (how to build it, a function that tells why it cannot run here, or None), in the order of the tables.
 IMPLEMENTATIONS = {
     "eager": (partial(Model, backend="reference"), lambda: None),
     "compile": (Compiled, lambda: None),
@@ -256,5 +279,6 @@ def why_not(name):
     return IMPLEMENTATIONS[name][1]()
 
 
-def build(name, problem, **options):
-    return IMPLEMENTATIONS[name][0](problem, **options)
+def build(name, workload, **options):
+    """The implementation of that name for a workload, with options of its constructor."""
+    return IMPLEMENTATIONS[name][0](workload, **options)

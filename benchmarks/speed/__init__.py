@@ -1,0 +1,1 @@
+"""How long a rollout takes, on a CPU and on a GPU."""
