@@ -3,13 +3,17 @@
 Importing this module does not import Triton: the first launch does.
 """
 
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
+
+from .rule import CHANNELS, HIDDEN1, HIDDEN2, STENCILS, perception, saved_steps, weight_shapes
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -22,70 +26,73 @@ _DOT = {"fp32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 
 INSTALLED = find_spec("triton") is not None
 
-NVIDIA = (80, 86, 89, 90, 100, 120)
-AMD = ("gfx90a", "gfx942", "gfx1100")
+# Compute capability times ten: multiprocessors of its largest common part, which are A100, RTX 3090 Ti, RTX 4090, H100,
+# B200 and RTX 5090.
+_PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+ARCHITECTURES = tuple(_PROCESSORS)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How a kernel is compiled: cells per tile, warps per program, and how many of the 128 units of the first hidden
-    layer it computes at once. With all 128 the weights, and in the backward pass the sums of their gradients, stay on
-    chip; with fewer they go to and from the second-level cache for every tile."""
+class LaunchShape:
+    """How a kernel is compiled: the height and width of a tile in cells, the warps of a program, and how many of the
+    128 units of the first hidden layer it computes at once.
+
+    With all 128 units the weights, and in the backward pass the sums of their gradients, stay on chip. With fewer they
+    go to and from the second-level cache for every tile."""
 
     tile: tuple[int, int]
     warps: int
-    chunk: int = 128
+    chunk: int = HIDDEN1
     max_registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Of one architecture and precision. ``programs`` and ``groups`` are the programs of a forward and of a backward
-    launch, where there are as many tiles; the groups, and nothing else, decide in which order a weight's gradient is
-    added up, so that it is the same to the last bit on every device of one architecture."""
+    """The launch shapes for one architecture and precision, and how many programs are launched at most.
 
-    step: Shape
-    backward: Shape
+    ``programs`` is that limit for a step and ``groups`` for its backward pass. Each program of the backward pass adds
+    up a gradient of the weights of its own, so the groups alone decide the order of these sums: it is the same, to the
+    last bit, on every device of one architecture."""
+
+    step: LaunchShape
+    backward: LaunchShape
     programs: int
     groups: int
 
 
-# Kernels that only move data: enough warps in flight to hide the memory's latency.
-COPY = Shape((8, 8), 4)
-
-# Multiprocessors of the largest common part: A100, RTX 3090 Ti, RTX 4090, H100, B200, RTX 5090; and on AMD the compute
-# units of MI250X (one die), MI300X and RX 7900 XTX.
-_PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170, "gfx90a": 110, "gfx942": 304, "gfx1100": 96}
+# For the kernels that compute nothing with the network: enough warps in flight to hide the latency of memory.
+MEMORY_BOUND_SHAPE = LaunchShape((8, 8), 4)
 
 
 def configuration(architecture, precision):
-    """The fixed choice for an architecture, one of ``NVIDIA`` or ``AMD``, and a precision."""
+    """The fixed choice for one of ``ARCHITECTURES`` and a precision."""
     processors = _PROCESSORS[architecture]
     if precision == "fp32":
         # Fused multiply-adds from registers: with larger tiles, or larger slices of the weights, operands spill.
-        step, backward = Shape((8, 8), 4, chunk=16), Shape((8, 2), 8, chunk=16)
+        step, backward = LaunchShape((8, 8), 4, chunk=16), LaunchShape((8, 2), 8, chunk=16)
         return Configuration(step, backward, programs=4 * processors, groups=processors)
-    # Tensor cores. 64 cells are the height of one wgmma or tcgen05 product, and one program of four warps leaves room
-    # for a second on the same multiprocessor, but for weights in tf32 (86 KB) where that has 100 KB.
-    step = Shape((8, 8), 4)
+    # Tensor cores. 64 cells are the height of one wgmma or tcgen05 product. A program of four warps leaves room for a
+    # second one on its multiprocessor, except where the weights in tf32 (86 KB) take most of 100 KB of shared memory.
+    step = LaunchShape((8, 8), 4)
     programs = processors if architecture in (86, 89, 120) and precision == "tf32" else 2 * processors
     # 17,408 sums of weight gradients take 68 registers in each of 256 threads: beside them there is room for 32 cells.
-    backward = Shape((8, 4), 8)
+    backward = LaunchShape((8, 4), 8)
     if architecture in (80, 86, 89, 120) and (precision == "tf32" or architecture == 120):
-        # Operands pass through registers, and what is left of these does not do. Both forms of the weights in tf32
-        # would need 150 KB of shared memory besides, where all but the first of these parts have 99 KB.
-        backward = Shape((8, 4), 8, chunk=64)
+        # Here operands pass through registers, and the sums leave too few of them. Both forms of the weights in tf32
+        # would also need 150 KB of shared memory, and only the first of these architectures has more than 99 KB.
+        backward = LaunchShape((8, 4), 8, chunk=64)
     elif architecture == 100:
-        backward = Shape((8, 4), 8, max_registers=255)  # by itself the compiler stops at 128 registers and spills
+        # Without a limit of its own the compiler stops at 128 registers and spills.
+        backward = LaunchShape((8, 4), 8, max_registers=255)
     return Configuration(step, backward, programs, groups=processors)
 
 
 def architecture_of(device):
-    """The key of the device's configuration: the listed capability at or below its own, or AMD's name of it."""
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    """The key of the device's configuration: the largest listed capability that is not above the device's own. A device
+    below all of them gets its own capability, which is not in the list."""
     major, minor = torch.cuda.get_device_capability(device)
-    return max((known for known in NVIDIA if known <= 10 * major + minor), default=10 * major + minor)
+    capability = 10 * major + minor
+    return max((known for known in ARCHITECTURES if known <= capability), default=capability)
 
 
 def interpreting():
@@ -99,8 +106,8 @@ def why_not(device, dtype, num_channels, precision):
         return "the package triton is not installed"
     if dtype != torch.float32:
         return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
-    if num_channels != 16:
-        return f"its kernels are written for 16 channels, not for {num_channels}"
+    if num_channels != CHANNELS:
+        return f"its kernels are written for {CHANNELS} channels, not for {num_channels}"
     if precision not in PRECISIONS:
         return f"it knows the precisions {', '.join(PRECISIONS)}, not {precision!r}"
     if interpreting():
@@ -108,20 +115,18 @@ def why_not(device, dtype, num_channels, precision):
     if device.type != "cuda":
         here = "" if torch.cuda.is_available() else ", and this PyTorch finds no GPU"
         return f"it runs on GPU tensors, not on {device.type}{here}"
-    return _gpu_why_not(device, precision)
+    return _gpu_why_not(device)
 
 
-def _gpu_why_not(device, precision):
+def _gpu_why_not(device):
     if not torch.cuda.is_available():
         return "this PyTorch finds no GPU (torch.cuda.is_available() is False)"
-    architecture = architecture_of(device)
-    if architecture not in _PROCESSORS:
+    if torch.version.hip:
+        return "it is configured for NVIDIA GPUs alone, and this PyTorch is built for AMD's"
+    capability = architecture_of(device)
+    if capability not in ARCHITECTURES:
         name = torch.cuda.get_device_name(device)
-        if torch.version.hip:
-            return f"it has configurations for {', '.join(AMD)}, and {name} is {architecture}"
-        return f"it needs compute capability 8.0 or later, and {name} has {architecture / 10}"
-    if torch.version.hip and precision == "tf32":
-        return "Triton has no tf32 products on AMD"
+        return f"it needs compute capability 8.0 or later, and {name} has {capability / 10}"
     return None
 
 
@@ -130,20 +135,17 @@ def _gpu_why_not(device, precision):
 _gpu_why_not._dynamo_marked_constant = True
 
 
-_SIZES = ("batch", "mel_height", "mel_width", "lin_height", "lin_width")
-
-
 def compilations(architecture, precision):
     """Every kernel that a rollout and its backward pass can launch, compiled as the launcher asks for it.
 
     Args:
-        architecture: a compute capability of ``NVIDIA`` as a number, or a name of ``AMD``.
-        precision: "fp32", "tf32" (not on AMD) or "bf16".
+        architecture: one of ``ARCHITECTURES``.
+        precision: "fp32", "tf32" or "bf16".
 
     Yields:
         (name, fn, signature, constexprs, attrs, options): a readable name, unique here; the ``triton.jit`` function;
         and what ``triton.compile(ASTSource(fn, signature, constexprs, attrs), target=..., options=options)`` takes.
-        Nothing else is ever compiled: no kernel is specialised on a size or on the address of a caller's tensor.
+        Nothing else is ever compiled: no kernel is specialized on a size or on the address of a caller's tensor.
     """
     from . import triton_kernels as kernels
 
@@ -153,11 +155,11 @@ def compilations(architecture, precision):
         for position, parameter in enumerate(fn.arg_names):
             if parameter in constexprs:
                 signature[parameter] = "constexpr"
-            elif parameter in (*_SIZES, "groups"):
+            elif parameter in (*kernels.SIZES, "groups"):
                 signature[parameter] = "i32"
             else:
                 signature[parameter] = "*bf16" if parameter == "weights" and precision == "bf16" else "*fp32"
-                if parameter not in ("mel", "lin"):
+                if parameter not in kernels.CALLERS_TENSORS:
                     attrs[(position,)] = [["tt.divisibility", 16]]
         yield name, fn, signature, constexprs, attrs, _options(shape)
 
@@ -171,8 +173,9 @@ def _variants(kernels, config, dot):
                 constexprs = {"MASKED": masked, "LIFE_MASK": life_mask, **_network(shape, dot)}
                 yield f"{kernel.__name__}, {suffix}", kernel, constexprs, shape
         for kernel in (kernels.stencil_backward, kernels.load_planar, kernels.store_planar):
-            yield f"{kernel.__name__}, {word}", kernel, {"MASKED": masked, **_tile(COPY)}, COPY
-    yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, COPY
+            constexprs = {"MASKED": masked, **_tile(MEMORY_BOUND_SHAPE)}
+            yield f"{kernel.__name__}, {word}", kernel, constexprs, MEMORY_BOUND_SHAPE
+    yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, MEMORY_BOUND_SHAPE
 
 
 _SUM_BLOCK = 128
@@ -187,7 +190,7 @@ def _network(shape, dot):
 
 
 def _options(shape):
-    # One stage: the loop over tiles would otherwise be pipelined with copies of tiles that do not fit on chip.
+    # With more than one stage the loop over tiles would be pipelined, with copies of tiles that do not fit on chip.
     options = {"num_warps": shape.warps, "num_stages": 1}
     if shape.max_registers:
         options["maxnreg"] = shape.max_registers
@@ -197,17 +200,17 @@ def _options(shape):
 class _Launcher:
     """The kernels' launches for one rollout, on the current stream: nothing here waits for the device."""
 
-    def __init__(self, mel, lin, life_mask, precision):
+    def __init__(self, mel, linear, life_mask, precision):
         from . import triton_kernels as kernels
 
-        for name, grid in (("mel", mel), ("lin", lin)):
+        for name, grid in (("mel", mel), ("linear", linear)):
             if grid.shape[3] > MAX_WIDTH:
                 raise ValueError(
                     f"{name} must have at most {MAX_WIDTH} frames for the Triton kernels, got {grid.shape[3]}"
                 )
         self.kernels = kernels
-        self.sizes = (mel.shape[0], *mel.shape[2:], *lin.shape[2:])
-        self.shapes = mel.shape, lin.shape
+        self.sizes = (mel.shape[0], *mel.shape[2:], *linear.shape[2:])
+        self.grid_shapes = mel.shape, linear.shape
         self.life_mask = life_mask
         self.dot = _DOT[precision]
         if interpreting():
@@ -219,65 +222,77 @@ class _Launcher:
         self.groups = min(self.config.groups, self._tiles(self.config.backward))
 
     def _tiles(self, shape):
-        batch, mel_height, mel_width, lin_height, lin_width = self.sizes
+        batch, *grid_sizes = self.sizes
         height, width = shape.tile
-        tiles = sum(-(-h // height) * -(-w // width) for h, w in ((mel_height, mel_width), (lin_height, lin_width)))
-        return batch * tiles
+        return batch * sum(-(-h // height) * -(-w // width) for h, w in (grid_sizes[:2], grid_sizes[2:]))
 
     def _launch(self, kernel, programs, *arguments, **options):
         kernel[(programs,)](*arguments, *self.sizes, **options)
 
-    def load(self, mel, lin, rows, state=None):
+    def _launch_memory_bound(self, kernel, *arguments, masked):
+        shape = MEMORY_BOUND_SHAPE
+        self._launch(kernel, self._tiles(shape), *arguments, MASKED=masked, **_tile(shape), **_options(shape))
+
+    def _launch_network(self, kernel, shape, programs, *arguments, masked):
+        constexprs = {"MASKED": masked, "LIFE_MASK": self.life_mask, **_network(shape, self.dot)}
+        self._launch(kernel, programs, *arguments, **constexprs, **_options(shape))
+
+    def load(self, mel, linear, rows, state=None):
         """The grids into a row; as the gradient of ``state`` if that was read through its life mask."""
         masked = state is not None
-        state = rows if state is None else state
-        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
-        self._launch(self.kernels.load_planar, self._tiles(COPY), mel, lin, state, rows, **options)
+        self._launch_memory_bound(self.kernels.load_planar, mel, linear, state if masked else rows, rows, masked=masked)
 
     def store(self, rows, masked):
-        mel, lin = (rows.new_empty(shape) for shape in self.shapes)
-        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
-        self._launch(self.kernels.store_planar, self._tiles(COPY), rows, mel, lin, **options)
-        return mel, lin
+        mel, linear = (rows.new_empty(shape) for shape in self.grid_shapes)
+        self._launch_memory_bound(self.kernels.store_planar, rows, mel, linear, masked=masked)
+        return mel, linear
 
     def step(self, state_from, state_to, network, masked):
         shape = self.config.step
-        options = {"MASKED": masked, "LIFE_MASK": self.life_mask, **_network(shape, self.dot), **_options(shape)}
         programs = min(self.config.programs, self._tiles(shape))
-        self._launch(self.kernels.step, programs, state_from, state_to, *network, **options)
+        self._launch_network(self.kernels.step, shape, programs, state_from, state_to, *network, masked=masked)
 
-    def step_back(self, state_from, gradient_to, perception, gradient_from, groups, network, masked):
-        """``perception`` is memory for the gradient of the perception."""
+    def step_back(self, state_from, gradient_to, grad_perception, gradient_from, groups, network, masked):
+        """``grad_perception`` is memory that one step's two launches share."""
+        arguments = state_from, gradient_to, grad_perception, groups, *network
         shape = self.config.backward
-        options = {"MASKED": masked, "LIFE_MASK": self.life_mask, **_network(shape, self.dot), **_options(shape)}
-        arguments = state_from, gradient_to, perception, groups, *network
-        self._launch(self.kernels.network_backward, self.groups, *arguments, **options)
-        options = {"MASKED": masked, **_tile(COPY), **_options(COPY)}
-        arguments = state_from, perception, gradient_from
-        self._launch(self.kernels.stencil_backward, self._tiles(COPY), *arguments, **options)
+        self._launch_network(self.kernels.network_backward, shape, self.groups, *arguments, masked=masked)
+        self._launch_memory_bound(
+            self.kernels.stencil_backward, state_from, grad_perception, gradient_from, masked=masked
+        )
 
     def sum_groups(self, groups):
         total = groups.new_empty(groups.shape[1])
         programs = -(-groups.shape[1] // _SUM_BLOCK)
-        options = {"BLOCK": _SUM_BLOCK, **_options(COPY)}
+        options = {"BLOCK": _SUM_BLOCK, **_options(MEMORY_BOUND_SHAPE)}
         self.kernels.sum_groups[(programs,)](groups, total, groups.shape[0], **options)
         return total
 
 
-def state_floats(mel, lin, life_mask):
-    """Floats of one state: 16 values per cell, with the life mask also alpha before the clamp and the mask itself."""
-    cells = (mel.numel() + lin.numel()) // 16
-    # Whole cache lines, so that all rows of a tensor of states begin at one.
-    return -(-cells * (18 if life_mask else 16) // 32) * 32
+def _cells(mel, linear):
+    return (mel.numel() + linear.numel()) // CHANNELS
 
 
-_MATRICES = (64 * 128, 128 * 64, 64 * 16)
+def _used_floats(mel, linear, life_mask):
+    """Floats of a state that the kernels use: its values, with the life mask also alpha before the clamp and the mask
+    itself."""
+    return _cells(mel, linear) * (CHANNELS + 2 if life_mask else CHANNELS)
+
+
+def state_floats(mel, linear, life_mask):
+    """Floats of one saved state: whole cache lines, so that every row of a tensor of states begins with one."""
+    return -(-_used_floats(mel, linear, life_mask) // 32) * 32
+
+
+# Numbers in each part of the sums of weight gradients: w1, w2, w3, b1, b2, b3.
+_PARTS = [math.prod(shape) for shape in weight_shapes()[::2] + weight_shapes()[1::2]]
 
 
 def _pack(weights, precision):
     """-> the matrices [in, out] and then [out, in], the first layer's inputs in the kernels' order; and the biases."""
     w1, b1, w2, b2, w3, b3 = (weight.detach() for weight in weights)
-    matrices = w1.view(128, 4, 16).transpose(1, 2).reshape(128, 64), w2.view(64, 128), w3.view(16, 64)
+    w1 = w1.view(HIDDEN1, STENCILS, CHANNELS).transpose(1, 2).reshape(HIDDEN1, perception())
+    matrices = w1, w2.view(HIDDEN2, HIDDEN1), w3.view(CHANNELS, HIDDEN2)
     packed = torch.cat([m.t().reshape(-1) for m in matrices] + [m.reshape(-1) for m in matrices])
     if precision == "bf16" and not interpreting():
         packed = packed.bfloat16()
@@ -286,9 +301,9 @@ def _pack(weights, precision):
 
 def _unpack(total):
     """From the sums over all groups to the gradients of w1, b1, w2, b2, w3, b3."""
-    w1, w2, w3, b1, b2, b3 = total.split([*_MATRICES, 128, 64, 16])
-    w1 = w1.view(16, 4, 128).permute(2, 1, 0).reshape(128, 64, 1, 1)
-    w2, w3 = (w.view(inputs, -1).t().contiguous()[..., None, None] for w, inputs in ((w2, 128), (w3, 64)))
+    w1, w2, w3, b1, b2, b3 = total.split(_PARTS)
+    w1 = w1.view(CHANNELS, STENCILS, HIDDEN1).permute(2, 1, 0).reshape(HIDDEN1, perception(), 1, 1)
+    w2, w3 = (w.view(inputs, -1).t().contiguous()[..., None, None] for w, inputs in ((w2, HIDDEN1), (w3, HIDDEN2)))
     return [w1, b1.clone(), w2, b2.clone(), w3, b3.clone()]
 
 
@@ -304,57 +319,54 @@ def _on_device_of_first(function):
 
 
 @_on_device_of_first
-def rollout(mel, lin, weights, num_steps, save_every, life_mask, precision, states):
-    """-> final (mel, lin). ``states`` receives every ``save_every``-th state and the last, or is None."""
-    launcher = _Launcher(mel, lin, life_mask, precision)
+def rollout(mel, linear, weights, num_steps, save_every, life_mask, precision, states):
+    """-> final (mel, linear). ``states`` receives every ``save_every``-th state and the last, or is None."""
+    launcher = _Launcher(mel, linear, life_mask, precision)
     network = _pack(weights, precision)
+    saved = {} if states is None else dict(zip(saved_steps(num_steps, save_every), states))
     unsaved = None
-    if states is None or save_every > 1:
-        unsaved = mel.new_empty(2, state_floats(mel, lin, life_mask))
+    if len(saved) <= num_steps:
+        unsaved = mel.new_empty(2, state_floats(mel, linear, life_mask))
 
     def state(step):
-        if states is not None and step == num_steps:
-            return states[-1]
-        if states is not None and step % save_every == 0:
-            return states[step // save_every]
-        return unsaved[step % 2]
+        return saved[step] if step in saved else unsaved[step % 2]
 
     if states is not None:
-        # What no kernel writes, and none reads: equal inputs must give equal states.
-        cells = (mel.numel() + lin.numel()) // 16
-        states[:, cells * (18 if life_mask else 16) :].zero_()
-        states[0, cells * 16 :].zero_()
-    launcher.load(mel.contiguous(), lin.contiguous(), state(0))
+        # No kernel writes these floats and none reads them, but equal inputs must give equal states.
+        states[:, _used_floats(mel, linear, life_mask) :].zero_()
+        states[0, _cells(mel, linear) * CHANNELS :].zero_()
+    launcher.load(mel.contiguous(), linear.contiguous(), state(0))
     for step in range(num_steps):
         launcher.step(state(step), state(step + 1), network, life_mask and step > 0)
     return launcher.store(state(num_steps), life_mask)
 
 
 @_on_device_of_first
-def rollout_backward(grad_mel, grad_lin, states, weights, num_steps, save_every, life_mask, precision):
+def rollout_backward(grad_mel, grad_linear, states, weights, num_steps, save_every, life_mask, precision):
     """-> gradients of the initial mel, of the initial linear and of the weights, a list."""
-    launcher = _Launcher(grad_mel, grad_lin, life_mask, precision)
+    launcher = _Launcher(grad_mel, grad_linear, life_mask, precision)
     network = _pack(weights, precision)
     floats = states.shape[1]
     replayed = states.new_empty(min(save_every, num_steps) - 1, floats)
     gradients = states.new_empty(2, floats)
-    perception = states.new_empty((grad_mel.numel() + grad_lin.numel()) * 4)
-    groups = states.new_zeros(launcher.groups, sum(_MATRICES) + 128 + 64 + 16)
+    grad_perception = states.new_empty(_cells(grad_mel, grad_linear) * perception())
+    groups = states.new_zeros(launcher.groups, sum(_PARTS))
 
-    grads = grad_mel.contiguous(), grad_lin.contiguous()
+    grads = grad_mel.contiguous(), grad_linear.contiguous()
     launcher.load(*grads, gradients[num_steps % 2], states[-1] if life_mask else None)
-    for begin in reversed(range(0, num_steps, save_every)):
-        end = min(begin + save_every, num_steps)
-        segment = [states[begin // save_every], *replayed[: end - begin - 1]]
+    segments = pairwise(saved_steps(num_steps, save_every))
+    for (begin, end), saved in reversed(list(zip(segments, states))):
+        segment = [saved, *replayed[: end - begin - 1]]
         for step in range(begin, end - 1):
             launcher.step(segment[step - begin], segment[step - begin + 1], network, life_mask and step > 0)
         if end - begin > 1 and life_mask:
-            launcher.store(segment[-1], True)  # for its life mask, which no replayed step has left there
+            # No replayed step has read the last state of the segment and left its life mask there, so this does.
+            launcher.store(segment[-1], True)
         for step in reversed(range(begin, end)):
             launcher.step_back(
                 segment[step - begin],
                 gradients[(step + 1) % 2],
-                perception,
+                grad_perception,
                 gradients[step % 2],
                 groups,
                 network,

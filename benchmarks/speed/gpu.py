@@ -1,6 +1,7 @@
-"""Checks and measures the Triton kernels on the GPU of this machine: ``python -m benchmarks.gpu_check -o DIR``.
+"""Checks and measures the Triton kernels on the GPU of this machine: ``python -m benchmarks.speed.gpu -o DIR``.
 
-Writes DIR/gpu_check.md and DIR/gpu_check.json after every section, so that an interrupted run leaves what it has.
+Writes DIR/gpu.md and DIR/gpu.csv after every section, so that an interrupted run leaves what it has. The CSV file has a
+line for each row of each section.
 Sections run in a process of their own, which ends with the first error in it: the error is in the report, and the
 sections after it start afresh.
 
@@ -14,38 +15,37 @@ a GPU can answer is left out and says so.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from fastnca import _triton, audio, ops, reference
-from fastnca.files import atomic_write
-from fastnca.training import RECIPES
+from fastnca import RECIPES
+from fastnca.automaton import ops, reference, triton
+from fastnca.automaton.rule import ALPHA, CHANNELS, WEIGHT_NAMES, weight_shapes
+from fastnca.sound.spectrogram import analyze
+from fastnca.sound.synthetic import synthesize_bowed_string
+from fastnca.training.trainer import Budget, Trainer
 
-from . import curves
-from .cpu import FORWARD_FLOPS, TRAINING_FLOPS, machine
-from .gpu_report import table
-from .implementations import Compiled, Model, Problem
-from .workers import interleave
+from ..implementations import FORWARD_FLOPS, TRAINING_FLOPS, Compiled, Model, Workload
+from ..report import machine, table, write
+from .workers import Turn, summarize, take_turns
 
 BYTES = 128  # per cell and step: the state read and written
 # Of the norms of values and of gradients, over two steps; fp32 is held to what float32 PyTorch errs by. Rounding can
 # let another cell win a window of the life mask, which gets the gradient then: a whole one, however small the rounding.
 TOLERANCE = {"tf32": {"values": 1e-2, "gradients": 1e-1}, "bf16": {"values": 5e-2, "gradients": 5e-1}}
-NAMES = ("mel", "lin", "grad mel", "grad lin", "grad w1", "grad b1", "grad w2", "grad b2", "grad w3", "grad b3")
+NAMES = ("mel", "linear", "grad mel", "grad linear", *(f"grad {name}" for name in WEIGHT_NAMES))
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class Size:
     grids: tuple = (((1, 1), (1, 7)), ((9, 8), (17, 10)), ((80, 65), (513, 65)))
     epochs: int = 200
     frames: int = 88
-    stride: int = 1  # every how many bands of the sound are trained
     rounds: int = 15
     budget: float = 20.0  # seconds per implementation
     matrix: int = 8192
     copied: int = 2**30  # bytes
-    precisions: tuple = _triton.PRECISIONS  # of what is slow; parity and rollouts have all
+    precisions: tuple = triton.PRECISIONS  # of what is slow; parity and rollouts have all
+    learned: tuple = triton.PRECISIONS  # beside the reference
 
-    def problem(self, width=None, batch=1, lively=False):
+    def workload(self, width=None, batch=1, lively=False):
         mel, linear = self.bands
-        return Problem(width or self.width, batch, mel, linear, lively=lively, device=device())
+        return Workload(width or self.width, batch, mel, linear, lively=lively, device=device())
 
 
 # One or two tiles of each grid: the interpreter takes a tenth of a second for every program.
@@ -84,13 +84,13 @@ QUICK = Size(
     grids=(((1, 1), (1, 2)), ((2, 2), (3, 3))),
     epochs=2,
     frames=2,
-    stride=200,
     rounds=1,
     budget=1.0,
     matrix=256,
     copied=2**20,
 )
-INTERPRETED = replace(QUICK, precisions=("bf16",))
+# A sound has all 593 bands, which is too much for the interpreter.
+INTERPRETED = replace(QUICK, precisions=("bf16",), learned=())
 
 
 class NeedsGpu(Exception):
@@ -103,17 +103,12 @@ def device():
 
 def why_not():
     """None if the check can run here, else the reason."""
-    return _triton.why_not(torch.device(device()), torch.float32, 16, "fp32")
+    return triton.why_not(torch.device(device()), torch.float32, CHANNELS, "fp32")
 
 
 def _need_gpu():
     if device() == "cpu":
         raise NeedsGpu("needs a GPU")
-
-
-def _precisions(wanted=_triton.PRECISIONS):
-    """Those that run here: AMD has no tf32."""
-    return [p for p in wanted if _triton.why_not(torch.device(device()), torch.float32, 16, p) is None]
 
 
 @contextmanager
@@ -140,25 +135,17 @@ def _norm(x):
 
 def environment(size, found):
     """Environment"""
-    about = machine()
-    rows = {
-        "machine": about["machine"],
-        "commit": about["commit"],
-        "date": about["date"],
-        "Python": about["python"],
-        "torch": torch.__version__,
-        "triton": version("triton"),
-    }
+    rows = machine()
     if device() == "cpu":
         rows["GPU"] = "none: Triton's interpreter"
     else:
         properties = torch.cuda.get_device_properties(0)
         rows |= {
             "GPU": properties.name,
-            "architecture": _triton.architecture_of(torch.device("cuda")),
+            "architecture": triton.architecture_of(torch.device("cuda")),
             "multiprocessors": properties.multi_processor_count,
             "memory": f"{properties.total_memory / 2**30:.1f} GB",
-            "CUDA or HIP": torch.version.cuda or torch.version.hip,
+            "CUDA": torch.version.cuda,
         }
         rows |= _nvidia_smi()
     return [{"what": what, "found": found} for what, found in rows.items()]
@@ -174,34 +161,33 @@ def _nvidia_smi():
     return dict(zip(fields, done.stdout.strip().split(", ")))
 
 
-def _random_problem(grids, batch=1, seed=0):
-    """-> (mel, lin), weights, and gradients of the outcome: alive and dead cells, alpha at both ends of the clamp."""
+def _random_inputs(grids, batch=1, seed=0):
+    """-> grids, weights, and gradients of the outcome: alive and dead cells, alpha at both ends of the clamp."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    states = [draw(batch, 16, *grid) * 0.5 for grid in grids]
+    states = [draw(batch, CHANNELS, *grid) * 0.5 for grid in grids]
     for state in states:
-        state[:, 1] = (state[:, 1] + 0.5).clamp(0.0, 1.0)
-    shapes = ((128, 64, 1, 1), (128,), (64, 128, 1, 1), (64,), (16, 64, 1, 1), (16,))
-    weights = [draw(*shape) * (0.5 / shape[1] ** 0.5 if len(shape) > 1 else 0.1) for shape in shapes]
+        state[:, ALPHA] = (state[:, ALPHA] + 0.5).clamp(0.0, 1.0)
+    weights = [draw(*shape) * (0.5 / shape[1] ** 0.5 if len(shape) > 1 else 0.1) for shape in weight_shapes()]
     gradients = [draw(*state.shape) for state in states]
     return tuple([x.to(device()) for x in tensors] for tensors in (states, weights, gradients))
 
 
 def _reference(num_steps, life_mask=True):
-    return lambda mel, lin, weights: [reference.rollout(g, weights, num_steps, life_mask) for g in (mel, lin)]
+    return lambda mel, linear, weights: [reference.rollout(g, weights, num_steps, life_mask) for g in (mel, linear)]
 
 
 def _ours(num_steps, precision, **options):
-    return lambda mel, lin, weights: ops.rollout(
-        mel, lin, weights, num_steps, precision=precision, backend="triton", **options
+    return lambda mel, linear, weights: ops.rollout(
+        mel, linear, weights, num_steps, precision=precision, backend="triton", **options
     )
 
 
-def _values_and_gradients(rollout, problem, dtype=torch.float32):
-    states, weights, gradients = problem
+def _values_and_gradients(rollout, inputs, dtype=torch.float32):
+    states, weights, gradients = inputs
     inputs = [x.detach().to(dtype).requires_grad_() for x in (*states, *weights)]
     outputs = rollout(*inputs[:2], inputs[2:])
     return [*outputs, *torch.autograd.grad(outputs, inputs, [g.to(dtype) for g in gradients])]
@@ -217,13 +203,13 @@ def parity(size, found):
     ]
     rows = []
     for grids, batch, options in cases:
-        problem = _random_problem(grids, batch)
+        inputs = _random_inputs(grids, batch)
         plain = _reference(2, options.get("life_mask", True))
         with tf32(False):
-            judge = _values_and_gradients(plain, problem, torch.float64)
-            eager = _values_and_gradients(plain, problem)
-        for precision in _precisions(size.precisions if options or batch > 1 else _triton.PRECISIONS):
-            actual = _values_and_gradients(_ours(2, precision, **options), problem)
+            judge = _values_and_gradients(plain, inputs, torch.float64)
+            eager = _values_and_gradients(plain, inputs)
+        for precision in size.precisions if options or batch > 1 else triton.PRECISIONS:
+            actual = _values_and_gradients(_ours(2, precision, **options), inputs)
             worst, passed = {"values": 0.0, "gradients": 0.0, "PyTorch float32": 0.0}, True
             for name, x, y, expected in zip(NAMES, actual, eager, judge, strict=True):
                 scale = max(_norm(expected), 1e-30)
@@ -242,14 +228,14 @@ def parity(size, found):
 
 def rollouts(size, found):
     """Long rollouts: cells that took another path than in float64 (apart by more than 0.001; tf32 and bf16 by 0.1)"""
-    problem = size.problem(lively=True)
-    weights = [w.detach() for w in problem.model.weights]
-    exact = [x.double() for x in (*problem.grids, *weights)]
+    model, grids, _ = size.workload(lively=True).make()
+    weights = [w.detach() for w in model.weights]
+    exact = [x.double() for x in (*grids, *weights)]
     with torch.no_grad(), tf32(False):
         judge = _reference(size.steps)(*exact[:2], exact[2:])
-        outcomes = {"PyTorch float32": _reference(size.steps)(*problem.grids, weights)}
-        for precision in _precisions():
-            outcomes[precision] = _ours(size.steps, precision)(*problem.grids, weights)
+        outcomes = {"PyTorch float32": _reference(size.steps)(*grids, weights)}
+        for precision in triton.PRECISIONS:
+            outcomes[precision] = _ours(size.steps, precision)(*grids, weights)
     rows, usual = [], None
     for name, outcome in outcomes.items():
         border = 0.1 if name in TOLERANCE else 1e-3
@@ -265,12 +251,12 @@ def rollouts(size, found):
 
 def reproducibility(size, found):
     """Reproducibility: the same bits twice, and with checkpoints"""
-    problem = _random_problem(((size.bands[0], size.width), (size.bands[1], size.width)))
+    inputs = _random_inputs(((size.bands[0], size.width), (size.bands[1], size.width)))
     rows = []
-    for precision in _precisions(size.precisions):
-        first = _values_and_gradients(_ours(2, precision), problem)
+    for precision in size.precisions:
+        first = _values_and_gradients(_ours(2, precision), inputs)
         for what, options in (("again", {}), ("checkpoint_every=2", {"checkpoint_every": 2})):
-            second = _values_and_gradients(_ours(2, precision, **options), problem)
+            second = _values_and_gradients(_ours(2, precision, **options), inputs)
             differing = [name for name, x, y in zip(NAMES, first, second, strict=True) if not torch.equal(x, y)]
             row = {"precision": precision, "run": what, "differs in": ", ".join(differing) or "nothing"}
             rows.append({**row, "passed": not differing})
@@ -279,12 +265,12 @@ def reproducibility(size, found):
 
 def launches(size, found):
     """Launches per step, everything counted that runs on the GPU"""
-    problem = size.problem()
+    workload = size.workload()
     few, many = 1, 2  # the first step reads a state without a life mask
     rows = []
     for direction, limit in (("forward", 1), ("training", 3)):
-        counts = [_launches(getattr(Model(problem, "triton"), direction)(n)) for n in (few, many)]
-        per_step = {name: (counts[1].get(name, 0) - counts[0].get(name, 0)) / (many - few) for name in counts[1]}
+        counts = [_launches(getattr(Model(workload, "triton"), direction)(n)) for n in (few, many)]
+        per_step = {name: (counts[1][name] - counts[0][name]) / (many - few) for name in counts[1]}
         per_step = {name: count for name, count in per_step.items() if count}
         total = sum(per_step.values())
         kernels = ", ".join(f"{name} {count:g}" for name, count in per_step.items())
@@ -294,9 +280,8 @@ def launches(size, found):
 
 def _launches(work):
     """{kernel: number} of one call, which is not the first."""
-    counts = {}
     if device() == "cpu":
-        from .accesses import recorded
+        from ..compiled.accesses import recorded
 
         with recorded() as found:
             work()
@@ -309,9 +294,7 @@ def _launches(work):
             torch.cuda.synchronize()
         on_gpu = torch.autograd.DeviceType.CUDA
         names = [e.name for e in profile.events() if e.device_type == on_gpu]
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    return Counter(names)
 
 
 def _captured(work):
@@ -332,12 +315,12 @@ def graphs(size, found):
     """CUDA graphs: a captured rollout and epoch, replayed on other grids, give the bits of the eager ones"""
     _need_gpu()
     rows = []
-    for precision in _precisions(size.precisions):
+    for precision in size.precisions:
         for direction, steps in (("forward", size.forward_steps), ("training", size.steps)):
-            problem = size.problem()
-            work = getattr(Model(problem, "triton", precision), direction)(steps)
+            model = Model(size.workload(), "triton", precision)
+            work = getattr(model, direction)(steps)
             graph, result = _captured(work)
-            for grid in problem.grids:
+            for grid in model.grids:
                 grid[:, 2:].mul_(0.5)
             graph.replay()
             replayed = [x.clone() for x in result]
@@ -347,11 +330,11 @@ def graphs(size, found):
 
 
 def _time_of(work):
-    """As ``interleave`` takes it: seconds and peak memory of one call."""
+    """The seconds and the peak memory of one call."""
     if device() == "cpu":
         started = time.perf_counter()
         work()
-        return {"seconds": [time.perf_counter() - started], "cores": 1.0, "bytes": None}
+        return Turn([time.perf_counter() - started])
     idle = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -360,7 +343,7 @@ def _time_of(work):
     end.record()
     end.synchronize()
     peak = torch.cuda.max_memory_allocated() - idle
-    return {"seconds": [begin.elapsed_time(end) / 1e3], "cores": 1.0, "bytes": peak}
+    return Turn([begin.elapsed_time(end) / 1e3], memory=peak)
 
 
 def _timed(works, size):
@@ -373,21 +356,22 @@ def _timed(works, size):
         except torch.cuda.OutOfMemoryError:
             failed[name] = "out of memory"
             torch.cuda.empty_cache()
-    return interleave(ready, size.budget, size.rounds), failed
+    turns = take_turns(ready, size.budget, size.rounds)
+    return {name: summarize(of) for name, of in turns.items()}, failed
 
 
 def memory(size, found):
     """Memory of an epoch above the idle program's"""
     _need_gpu()
     rows = []
-    builds = {"PyTorch eager": lambda problem: Model(problem, "reference")}
+    builds = {"PyTorch eager": partial(Model, backend="reference")}
     for every in (None, 4, 10):
         builds[f"fastnca, checkpoint_every={every}"] = partial(Model, backend="triton", checkpoint_every=every)
     for name, build in builds.items():
-        work = build(size.problem()).training(size.steps)
+        work = build(size.workload()).training(size.steps)
         try:
             work()
-            rows.append({"implementation": name, "MB": _time_of(work)["bytes"] / 1e6})
+            rows.append({"implementation": name, "MB": _time_of(work).memory / 1e6})
         except torch.cuda.OutOfMemoryError:
             rows.append({"implementation": name, "note": "out of memory"})
             torch.cuda.empty_cache()
@@ -399,7 +383,7 @@ def peaks(size, found):
     _need_gpu()
     n = size.matrix
     works = {}
-    for precision in _triton.PRECISIONS:
+    for precision in triton.PRECISIONS:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         works[precision] = partial(tf32(precision == "tf32")(torch.mm), a, b)
@@ -428,18 +412,18 @@ def _shares(row, precision, found, cells_and_steps, flops):
 
 def _compare(size, found, direction, steps, flops):
     works, precision_of = {}, {}
-    problem = size.problem()
+    workload = size.workload()
 
     def add(name, precision, work):
         works[name] = tf32(precision == "tf32")(work)
         precision_of[name] = precision
 
     for precision in ("fp32", "tf32") if device() == "cuda" else ("fp32",):
-        add(f"PyTorch eager {precision}", precision, getattr(Model(problem, "reference"), direction)(steps))
+        add(f"PyTorch eager {precision}", precision, getattr(Model(workload, "reference"), direction)(steps))
         if device() == "cuda":
-            add(f"torch.compile {precision}", precision, getattr(Compiled(problem), direction)(steps))
-    for precision in _precisions(size.precisions):
-        work = getattr(Model(problem, "triton", precision), direction)(steps)
+            add(f"torch.compile {precision}", precision, getattr(Compiled(workload), direction)(steps))
+    for precision in size.precisions:
+        work = getattr(Model(workload, "triton", precision), direction)(steps)
         add(f"fastnca {precision}", precision, work)
         if device() == "cuda":
             add(f"fastnca {precision}, CUDA graph", precision, _captured(work)[0].replay)
@@ -451,9 +435,9 @@ def _compare(size, found, direction, steps, flops):
         row = {"implementation": name, "ms": 1e3 * result["p50"] / divisor}
         row |= {key: 1e3 * result[key] / divisor for key in ("p20", "p80")}
         row["eager / this"] = first / result["p50"] if first else None
-        if result["bytes"] is not None and direction == "training":
-            row["MB"] = result["bytes"] / 1e6
-        cells = problem.cells * (1 if direction == "forward" else steps)
+        if result["memory"] is not None and direction == "training":
+            row["MB"] = result["memory"] / 1e6
+        cells = workload.cells * (1 if direction == "forward" else steps)
         rows.append(_shares(row, precision_of[name], found, cells, flops))
     return rows + [{"implementation": name, "note": reason} for name, reason in failed.items()]
 
@@ -474,38 +458,37 @@ def scaling(size, found):
     variants = [(width, 1) for width in size.widths] + [(size.widths[0], batch) for batch in size.batches[1:]]
     for width, batch in variants:
         row = {"W": width, "batch": batch}
-        problem = size.problem(width, batch)
+        workload = size.workload(width, batch)
         for direction in ("forward", "training"):
             steps = min(size.forward_steps, max(2, size.forward_steps * size.width // (width * batch)))
             works = {
-                f"{direction} {precision}": getattr(Model(problem, "triton", precision), direction)(steps)
-                for precision in _precisions(size.precisions)
+                f"{direction} {precision}": getattr(Model(workload, "triton", precision), direction)(steps)
+                for precision in size.precisions
             }
             timed, failed = _timed(works, size)
-            row |= {name: 1e9 * result["p50"] / (problem.cells * steps) for name, result in timed.items()} | failed
+            row |= {name: 1e9 * result["p50"] / (workload.cells * steps) for name, result in timed.items()} | failed
         rows.append(row)
     return rows
 
 
 def learning(size, found):
-    """Training on the built-in sound: losses beside the reference's"""
-    target = audio.analyze(audio.synthesize_bowed_string(duration=1.0))
-    target = SimpleNamespace(mel_db=target.mel_db[:: size.stride], linear_db=target.linear_db[:: size.stride])
+    """Training on the built-in sound: the final loss, over a tenth of the epochs, beside the reference's"""
+    sound = analyze(synthesize_bowed_string(duration=1.0))
+    target = sound.with_grids(sound.mel_db[:, : size.frames], sound.linear_db[:, : size.frames])
     recipe = replace(RECIPES["default"], num_steps=size.steps)
-    runs = {
-        "reference": ("reference", "fp32"),
-        **{precision: ("triton", precision) for precision in _precisions(size.precisions)},
-    }
-    rows, losses = [], {}
+    rows = []
     with tf32(False):
-        for name, (backend, precision) in runs.items():
+        for precision in ("reference", *size.learned):
+            backend = "reference" if precision == "reference" else "triton"
+            options = {} if precision == "reference" else {"precision": precision}
+            trainer = Trainer([target], recipe, Budget(epochs=size.epochs), backend=backend, device=device(), **options)
             started = time.perf_counter()
-            losses[name] = curves.train(target, size.frames, recipe, size.epochs, backend, precision, device=device())
-            seconds = time.perf_counter() - started
-            row = {"run": name, "epochs": size.epochs, "seconds": seconds}
-            row |= curves.compare(losses[name], losses["reference"])
-            passed = abs(row["final_loss_ratio"] - 1.0) < 0.1
-            rows.append({**row, "losses": losses[name].tolist(), "passed": passed})
+            losses = [trainer.train_epoch()["loss"] for _ in range(size.epochs)]
+            row = {"run": precision, "epochs": size.epochs, "seconds": time.perf_counter() - started}
+            tail = losses[-max(1, size.epochs // 10) :]
+            row |= {"first loss": losses[0], "final loss": sum(tail) / len(tail)}
+            row["over the reference's"] = row["final loss"] / (rows[0] if rows else row)["final loss"]
+            rows.append({**row, "passed": abs(row["over the reference's"] - 1.0) < 0.1})
     return rows
 
 
@@ -545,21 +528,12 @@ def passed(results):
     return not any(map(failures, results["sections"].values()))
 
 
-def _cell(value):
-    if isinstance(value, bool):
-        return "yes" if value else "**NO**"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return "" if value is None else str(value)
-
-
 def _section(section):
     if "error" in section:
         return f"**ERROR**\n\n```\n{section['error'].strip()}\n```"
     if "note" in section:
         return section["note"]
-    keys = list(dict.fromkeys(key for row in section["rows"] for key in row if key != "losses"))
-    return table(keys, [[_cell(row.get(key)) for key in keys] for row in section["rows"]])
+    return table(section["rows"])
 
 
 def markdown(results):
@@ -574,22 +548,23 @@ def markdown(results):
 
 
 def _write(folder, results):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("gpu_check.md", markdown(results)), ("gpu_check.json", json.dumps(results, indent=1) + "\n")):
-        with atomic_write(folder / name) as file:
-            file.write(text.encode())
+    rows = []
+    for name, section in results["sections"].items():
+        found = section.get("rows") or [{key: section[key] for key in ("note", "error") if key in section}]
+        rows += [{"section": name, **row} for row in found]
+    write(folder, "gpu", markdown(results), rows)
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.split("\n")[0])
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for gpu_check.md and gpu_check.json")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for gpu.md and gpu.csv")
     parser.add_argument("--quick", action="store_true", help="tiny grids and few steps")
     options = parser.parse_args(arguments)
     reason = why_not()
     if reason:
         raise SystemExit(
-            f"benchmarks.gpu_check: the Triton kernels cannot run here: {reason}. "
+            f"benchmarks.speed.gpu: the Triton kernels cannot run here: {reason}. "
             "TRITON_INTERPRET=1 with --quick runs them in Triton's interpreter."
         )
     size = QUICK if options.quick else Size()
@@ -597,7 +572,7 @@ def main(arguments=None):
         if not options.quick:
             parser.error("Triton's interpreter needs --quick")
         size = INTERPRETED
-    command = shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments])
+    command = shlex.join(["python", "-m", "benchmarks.speed.gpu", *arguments])
     results = {"command": command, "quick": options.quick, "seconds": 0.0, "sections": {}}
     started = time.monotonic()
     process = None

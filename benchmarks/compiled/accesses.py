@@ -14,6 +14,9 @@ from unittest import mock
 import numpy as np
 import torch
 
+from fastnca.automaton import ops, triton
+from fastnca.automaton.rule import CHANNELS, weight_shapes
+
 SECTOR = 32
 _NUM_STEPS = 2  # the first reads a state without a life mask, the second is like all others
 _PARAMETERS = ("weights", "biases", "gradient_groups")
@@ -82,18 +85,16 @@ def recorded():
 
 def _run(configuration, precision, programs, grids):
     """All launches of a short rollout of two grids (height, width) and its backward pass."""
-    from fastnca import _triton, ops
-
     configuration = replace(configuration, programs=programs, groups=programs)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return (torch.randn(shape, generator=generator) * 0.1).requires_grad_()
 
-    mel, lin = (draw(1, 16, *grid) for grid in grids)
-    weights = [draw(*s) for s in ((128, 64, 1, 1), (128,), (64, 128, 1, 1), (64,), (16, 64, 1, 1), (16,))]
-    with mock.patch.object(_triton, "configuration", lambda *_: configuration), recorded() as launches:
-        final = ops.rollout(mel, lin, weights, _NUM_STEPS, precision=precision, backend="triton")
+    mel, linear = (draw(1, CHANNELS, *grid) for grid in grids)
+    weights = [draw(*shape) for shape in weight_shapes()]
+    with mock.patch.object(triton, "configuration", lambda *_: configuration), recorded() as launches:
+        final = ops.rollout(mel, linear, weights, _NUM_STEPS, precision=precision, backend="triton")
         sum(grid.square().sum() for grid in final).backward()
     return launches
 
@@ -124,9 +125,7 @@ def count(architecture, precision):
     of the masked variants. "read" and "write" are {"requested", "sectors", "compulsory": bytes per cell,
     "parameters_tile", "parameters_program": bytes per tile and once per program}.
     """
-    from fastnca import _triton
-
-    configuration = _triton.configuration(architecture, precision)
+    configuration = triton.configuration(architecture, precision)
     shapes = configuration.step, configuration.backward
     height, width = (max(8, *(shape.tile[axis] for shape in shapes)) for axis in (0, 1))
     small, large = (height, width), (3 * height, 3 * width)

@@ -1,4 +1,4 @@
-"""What a compiled kernel consists of: NVIDIA's machine code (SASS) and AMD's assembly, read without a GPU."""
+"""What a compiled kernel consists of: NVIDIA's machine code (SASS), read without a GPU."""
 
 import re
 import subprocess
@@ -156,14 +156,10 @@ class Program:
 
     def cost(self, in_tiles, chunks):
         """What a warp executes for one tile: instructions in all and by pipe, multiply-adds on tensor cores (None with
-        tcgen05, whose instructions do not tell) and off them, bytes on chip, and the most frequent instructions; and
-        the instructions outside the loop over tiles, which a warp executes once."""
-        mix, cost = Counter(), Counter(instructions=0, alu=0, fma=0, mma_macs=0, fma_macs=0, on_chip_bytes=0)
+        tcgen05, whose instructions do not tell) and off them, and bytes on chip."""
+        cost = Counter(instructions=0, alu=0, fma=0, mma_macs=0, fma_macs=0, on_chip_bytes=0)
         known = True
-        executed = self.executed(in_tiles, chunks)
-        cost["once"] = executed.count(0)
-        for instruction, times in zip(self.instructions, executed):
-            mix[instruction.opcode] += times
+        for instruction, times in zip(self.instructions, self.executed(in_tiles, chunks)):
             cost["instructions"] += times
             cost["alu"] += times * bool(_ALU.fullmatch(instruction.opcode))
             cost["fma"] += times * bool(_FMA.fullmatch(instruction.opcode))
@@ -173,7 +169,7 @@ class Program:
             else:
                 kind = "mma_macs" if instruction.uses_tensor_cores else "fma_macs"
                 cost[kind] += times * instruction.products
-        return {**cost, "mma_macs": cost["mma_macs"] if known else None, "mix": dict(mix.most_common(16))}
+        return {**cost, "mma_macs": cost["mma_macs"] if known else None}
 
 
 def _dominators(successors):
@@ -227,24 +223,3 @@ def disassemble(cubin):
         raise ValueError("cuobjdump's output has no kernel, or none in the form that this reads")
     registers, stack, _, local = map(int, found.groups())
     return program, registers, stack + local
-
-
-_AMD_NUMBERS = {
-    "registers": r"\.vgpr_count:\s+(\d+)",
-    "vector_spills": r"\.vgpr_spill_count:\s+(\d+)",
-    "scalar_spills": r"\.sgpr_spill_count:\s+(\d+)",
-    "stack": r"\.private_segment_fixed_size:\s+(\d+)",
-}
-_AMD_INSTRUCTIONS = {
-    "loads": r"^\s+(?:global|buffer|flat)_load_",
-    "stores": r"^\s+(?:global|buffer|flat)_store_",
-    "tensor_cores": r"^\s+v_(?:mfma|wmma|smfmac)_",
-    "multiply_adds": r"^\s+v_(?:dual_)?(?:pk_)?(?:fma|fmac|mad)_\w*f32",
-}
-
-
-def amd_numbers(assembly):
-    """What an amdgcn assembly text says of its one kernel: registers, spills, and counts of instructions."""
-    numbers = {name: int(re.search(pattern, assembly)[1]) for name, pattern in _AMD_NUMBERS.items()}
-    counts = {name: len(re.findall(p, assembly, re.MULTILINE)) for name, p in _AMD_INSTRUCTIONS.items()}
-    return {**numbers, **counts}

@@ -1,0 +1,1 @@
+"""What the Triton kernels compile to and which memory they touch, told without a GPU."""
