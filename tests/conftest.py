@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastnca import audio
+from fastnca.sound.convention import SAMPLE_RATE
+from fastnca.sound.files import write_wav
+from fastnca.sound.spectrogram import DualSpectrogram, Scale
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: it must not be before this
@@ -19,20 +21,20 @@ def _no_network(monkeypatch):
 @pytest.fixture
 def note(tmp_path):
     """A short wav file of a decaying tone with two partials: 8 frames."""
-    t = np.arange(2048) / audio.SAMPLE_RATE
+    t = np.arange(2048) / SAMPLE_RATE
     samples = (0.5 * np.sin(2 * np.pi * 441 * t) + 0.2 * np.sin(2 * np.pi * 882 * t)) * np.exp(-5 * t)
     path = tmp_path / "note.wav"
-    audio.write_wav(path, samples)
+    write_wav(path, samples)
     return path
 
 
 @pytest.fixture
 def target():
-    """A dual spectrogram with two bright bands, [80, 8] and [513, 8] in dB."""
+    """A sound of 8 frames with two bright bands."""
     grids = []
     for bands in (80, 513):
         grid = torch.full((bands, 8), -75.0)
         grid[bands // 8 : bands // 4] = -10.0
         grid[bands // 2, 4:] = -30.0
         grids.append(grid)
-    return tuple(grids)
+    return DualSpectrogram(*grids, Scale(0.0, 0.0))

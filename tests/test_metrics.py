@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastnca.audio import analyze, synthesize_bowed_string
-from fastnca.metrics import compare, grid_metrics
+from fastnca.sound.metrics import compare, grid_metrics
+from fastnca.sound.spectrogram import analyze
+from fastnca.sound.synthetic import synthesize_bowed_string
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_grid_metrics(note):
     target = analyze(note)
     quiet = target.mel_db <= -70
     grown_mel = torch.where(quiet, target.mel_db + 10, target.mel_db - 2)
-    result = grid_metrics(grown_mel, target.linear_db.numpy(), target)
+    result = grid_metrics(target.with_grids(grown_mel, target.linear_db), target)
     share = quiet.float().mean().item()
     assert 0 < share < 1
     assert result == {
@@ -96,10 +97,11 @@ def test_grid_metrics(note):
 def test_grid_metrics_without_active_cells(note):
     target = analyze(note)
     target.mel_db.fill_(-80.0)
-    assert grid_metrics(target.mel_db, target.linear_db, target)["mel_l1_db_active"] is None
+    assert grid_metrics(target, target)["mel_l1_db_active"] is None
 
 
 def test_grid_metrics_rejects_another_shape(note):
     target = analyze(note)
-    with pytest.raises(ValueError, match=r"linear_db must have shape \[513, \d+\], got \[512, \d+\]"):
-        grid_metrics(target.mel_db, target.linear_db[1:], target)
+    shorter = target.with_grids(target.mel_db[:, :8], target.linear_db[:, :8])
+    with pytest.raises(ValueError, match=r"mel_db must have shape \[80, 48\], got \[80, 8\]"):
+        grid_metrics(shorter, target)

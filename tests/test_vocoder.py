@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastnca import metrics, vocoder
-from fastnca.audio import (
-    DEFAULT_CONFIG,
-    DualSpectrogram,
-    SpectrogramConfig,
-    analyze,
-    from_db,
-    mel_basis,
-    synthesize_bowed_string,
-    to_magnitude,
-)
-from fastnca.vocoder import Vocoder, find_bigvgan, griffin_lim, load_bigvgan, merge_magnitudes, resolve_vocoder
+from fastnca.sound import metrics
+from fastnca.sound.bigvgan import find_bigvgan, load_bigvgan, mel_bands
+from fastnca.sound.convention import DEFAULT_BANDS, MelBands
+from fastnca.sound.spectrogram import analyze, from_db, mel_basis, stft, to_magnitude
+from fastnca.sound.synthetic import synthesize_bowed_string
+from fastnca.sound.vocoder import Vocoder, griffin_lim, merge_magnitudes, resolve_vocoder
 
 # The published configurations, but small: 64 channels at the input and one residual block per stage.
 CONFIG_V2 = {
@@ -116,7 +110,7 @@ def test_griffin_lim_is_seeded(note):
 
 
 def test_griffin_lim_starts_from_a_phase(note):
-    spectrum = vocoder.stft(torch.from_numpy(note), DEFAULT_CONFIG)
+    spectrum = stft(torch.from_numpy(note))
     for n_iter in (0, 5):
         decoded = griffin_lim(spectrum.abs().numpy(), n_iter, phase=spectrum.angle().numpy())
         np.testing.assert_allclose(decoded, note, atol=1e-4)
@@ -129,7 +123,7 @@ def test_griffin_lim_starts_from_a_phase(note):
         ((torch.ones(513, 1),), "with T >= 2"),
         ((torch.full((513, 8), -3.0),), "not negative"),
         ((torch.full((513, 8), float("nan")),), "finite"),
-        ((torch.ones(513, 8), 3, 0.99, torch.zeros(513, 9)), r"phase must have shape \[513, 8\], got \[513, 9\]"),
+        ((torch.ones(513, 8), 3, torch.zeros(513, 9)), r"phase must have shape \[513, 8\], got \[513, 9\]"),
     ],
 )
 def test_griffin_lim_rejects(arguments, words):
@@ -141,8 +135,8 @@ def test_griffin_lim_rejects(arguments, words):
 @pytest.mark.parametrize("gain", [1.0, 1e-3])
 @pytest.mark.parametrize("sound", [lambda: synthesize_bowed_string(0.5), struck_bar, noise_burst])
 def test_merging_the_targets_own_grids_changes_nothing(sound, gain, fmax):
-    dual = analyze(gain * sound(), SpectrogramConfig(fmax=fmax))
-    linear = to_magnitude(dual.linear_db, dual.linear_ref_db)
+    dual = analyze(gain * sound(), MelBands(fmax=fmax))
+    linear = to_magnitude(dual.linear_db, dual.scale.linear_ref_db)
     assert (merge_magnitudes(dual) - linear).norm() < 1e-4 * linear.norm()
 
 
@@ -150,25 +144,25 @@ def test_merged_magnitudes_project_onto_the_mel_grid(note):
     dual = analyze(note)
     torch.manual_seed(0)
     wrong = (0.7 * dual.linear_db - 30 + 10 * torch.rand(dual.linear_db.shape)).clamp(-80, 0)
-    merged = merge_magnitudes(DualSpectrogram(dual.mel_db, wrong, dual.mel_ref_db, dual.linear_ref_db, dual.config))
-    basis, wanted = mel_basis(dual.config), from_db(dual.mel_db, dual.mel_ref_db)
+    merged = merge_magnitudes(dual.with_grids(dual.mel_db, wrong))
+    basis, wanted = mel_basis(dual.scale.bands), from_db(dual.mel_db, dual.scale.mel_ref_db)
     active = dual.mel_db > -60
 
     def mel_error_db(linear):
         return (20 * torch.log10((basis @ linear) / wanted)[active]).abs().mean()
 
-    assert mel_error_db(from_db(wrong, dual.linear_ref_db)) > 10
+    assert mel_error_db(from_db(wrong, dual.scale.linear_ref_db)) > 10
     assert mel_error_db(merged) < 0.5
-    torch.testing.assert_close(merged[0], to_magnitude(wrong, dual.linear_ref_db)[0])  # 0 Hz is in no mel band
+    torch.testing.assert_close(merged[0], to_magnitude(wrong, dual.scale.linear_ref_db)[0])  # 0 Hz is in no mel band
 
 
 @pytest.mark.parametrize(("louder", "kept"), [(1.0, 0.5), (-1.0, 0.5), (12.0, 0.0), (-12.0, 0.0)])
 def test_small_disagreements_of_the_grids_are_averaged(note, louder, kept):
     dual = analyze(note)
     linear_db = torch.where(dual.linear_db > -65, dual.linear_db + louder, dual.linear_db)
-    merged = merge_magnitudes(DualSpectrogram(dual.mel_db, linear_db, dual.mel_ref_db, dual.linear_ref_db, dual.config))
+    merged = merge_magnitudes(dual.with_grids(dual.mel_db, linear_db))
     loud = dual.linear_db > -15
-    change = 20 * torch.log10(merged[loud] / to_magnitude(dual.linear_db, dual.linear_ref_db)[loud])
+    change = 20 * torch.log10(merged[loud] / to_magnitude(dual.linear_db, dual.scale.linear_ref_db)[loud])
     assert change.mean().item() == pytest.approx(kept * louder, abs=0.15)
 
 
@@ -183,7 +177,7 @@ def test_load_from_a_folder(tmp_path, capfd, config, fmax):
     assert not model.training
     assert not any(key.endswith("weight_g") for key in model.state_dict())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert vocoder.spectrogram_config(model.h) == SpectrogramConfig(fmax=fmax)
+    assert mel_bands(model.h) == MelBands(fmax=fmax)
     assert model(torch.zeros(1, 80, 8)).shape == (1, 1, 2048)
 
 
@@ -279,8 +273,8 @@ def test_neither_folder_nor_hub_name(name):
 
 def test_auto_takes_the_folder(folder, note):
     chosen = resolve_vocoder("auto", folder)
-    assert (chosen.name, chosen.hint, chosen.config) == ("bigvgan", None, DEFAULT_CONFIG)
-    dual = analyze(note, chosen.config)
+    assert (chosen.name, chosen.hint, chosen.bands) == ("bigvgan", None, DEFAULT_BANDS)
+    dual = analyze(note, chosen.bands)
     decoded = chosen.decode(dual)  # random weights: only the plumbing can be judged
     assert decoded.dtype == np.float32
     assert decoded.shape == note.shape
@@ -295,12 +289,12 @@ def test_joined_decoder_keeps_the_phase_of_the_waveform(note):
             assert log_mel.min() >= np.log(1e-5) - 1e-6
             return 0.5 * torch.from_numpy(note)[None, None]  # the level must come from the grids
 
-    decoded = Vocoder("bigvgan", DEFAULT_CONFIG, PerfectVocoder()).decode(analyze(note))
+    decoded = Vocoder("bigvgan", DEFAULT_BANDS, PerfectVocoder()).decode(analyze(note))
     assert np.abs(decoded - note).max() < 0.01
 
 
 def test_auto_falls_back_with_a_hint(monkeypatch):
-    monkeypatch.setattr(vocoder, "find_bigvgan", lambda name: None)
+    monkeypatch.setattr("fastnca.sound.vocoder.find_bigvgan", lambda name: None)
     chosen = resolve_vocoder()
     assert (chosen.name, chosen.model) == ("griffinlim", None)
     assert "--vocoder bigvgan" in chosen.hint
@@ -313,9 +307,9 @@ def test_unknown_choice():
 
 
 def test_bigvgan_rejects_another_convention_and_griffin_lim_takes_it(note):
-    dual = analyze(note, SpectrogramConfig(fmax=8000))
+    dual = analyze(note, MelBands(fmax=8000))
     with pytest.raises(ValueError, match=r"mel bands lie in 0..11025 Hz and the grids' in 0..8000 Hz"):
-        Vocoder("bigvgan", DEFAULT_CONFIG, torch.nn.Identity()).decode(dual)
+        Vocoder("bigvgan", DEFAULT_BANDS, torch.nn.Identity()).decode(dual)
     assert len(resolve_vocoder("griffinlim").decode(dual)) == len(note)
 
 
@@ -341,7 +335,8 @@ HUB_SESSION = """
 import socket
 import matplotlib
 matplotlib.use("svg")
-from fastnca.vocoder import DEFAULT_BIGVGAN, find_bigvgan, load_bigvgan, resolve_vocoder
+from fastnca.sound.bigvgan import DEFAULT_BIGVGAN, find_bigvgan, load_bigvgan
+from fastnca.sound.vocoder import resolve_vocoder
 
 connect, calls = socket.socket.connect, []
 socket.socket.connect = lambda self, address: calls.append(address) or connect(self, address)
