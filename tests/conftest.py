@@ -19,6 +19,24 @@ def _no_network(monkeypatch):
 
 
 @pytest.fixture
+def num_threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """New memory holds NaN, so that what a kernel leaves unwritten cannot pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    grid = torch.zeros(2)
+    assert all(x.isnan().all() for x in (torch.empty(2), torch.empty_like(grid), grid.new_empty(2)))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def note(tmp_path):
     """A short wav file of a decaying tone with two partials: 8 frames."""
     t = np.arange(2048) / SAMPLE_RATE

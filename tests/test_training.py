@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import fastnca
-from fastnca.optim import Muon
-from fastnca.training import MAX_SETBACKS, OVERFLOW, RECIPES, Budget, Trainer, TrainingDiverged, damaged, find_recipe
+from fastnca.training.divergence import TrainingDiverged
+from fastnca.training.optim import Muon
+from fastnca.training.recipes import RECIPES, find_recipe
+from fastnca.training.trainer import MAX_SETBACKS, Budget, Trainer, damaged
 
 BUDGET = Budget(epochs=10)
 REGENERATE = replace(RECIPES["regenerate"], num_steps=6, continued=0.7)
