@@ -56,7 +56,8 @@ def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False):
 def smooth_problem(sizes, num_steps, life_mask=True, n=1):
     """Of ten seeds the Problem whose rollout keeps farthest from kinks: float32 and float64 must agree tightly."""
     problems = [make_problem(sizes, n, seed) for seed in range(10)]
-    distances = [distance_from_kinks(problem, num_steps, life_mask) for problem in problems]
+    with threads(1):
+        distances = [distance_from_kinks(problem, num_steps, life_mask) for problem in problems]
     distance = max(distances)
     assert distance > 4e-7 * num_steps, "no seed keeps away from kinks"
     return problems[distances.index(distance)]
@@ -93,6 +94,17 @@ def distance_from_kinks(problem, num_steps, life_mask=True):
 
 def reference_rollout(num_steps, life_mask=True):
     return lambda mel, linear, weights: [reference.rollout(s, weights, num_steps, life_mask) for s in (mel, linear)]
+
+
+@contextmanager
+def threads(number):
+    """PyTorch, and the CPU kernels with it, with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(rollout, problem, dtype=torch.float32):
@@ -183,9 +195,10 @@ def _judgment(problem, num_steps, life_mask):
     """By name: the float64 reference's results, float32 PyTorch's, and the largest sum of |terms| that make up a
     parameter's gradient."""
     magnitudes = {}
-    with Products(lambda x, weight, bias: MeasuredProduct.apply(x, weight, bias, magnitudes)):
+    with threads(1), Products(lambda x, weight, bias: MeasuredProduct.apply(x, weight, bias, magnitudes)):
         judge = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
-    eager = run(reference_rollout(num_steps, life_mask), problem)
+    with threads(1):
+        eager = run(reference_rollout(num_steps, life_mask), problem)
     return judge, eager, {name: terms.max() for name, terms in magnitudes.items()}
 
 
@@ -227,16 +240,15 @@ else:
 
 
 @contextmanager
-def cpu_kernels(capability, threads):
-    """The CPU kernels in that instruction set, one of CAPABILITIES, and PyTorch and they with so many threads."""
-    before = cpu.capability(), torch.get_num_threads()
+def cpu_kernels(capability, number):
+    """The CPU kernels in that instruction set, one of CAPABILITIES, and with so many threads."""
+    before = cpu.capability()
     _C.set_capability(capability)
-    torch.set_num_threads(threads)
     try:
-        yield
+        with threads(number):
+            yield
     finally:
-        _C.set_capability(before[0])
-        torch.set_num_threads(before[1])
+        _C.set_capability(before)
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,10 @@ def test_long_rollout_flips_no_more_cells_than_float32(backend):
     sizes, steps = (((8, 16), (16, 14)), 24) if backend.name == "triton" else (((20, 24), (40, 24)), 96)
     grids, weights, _ = parity.make_problem(sizes, seed=3)
     weights = [*weights[:4], weights[4] * 0.02, weights[5] * 0.05]
-    with torch.no_grad():
+    with torch.no_grad(), parity.threads(1):
         judge = parity.reference_rollout(steps)(*(x.double() for x in grids), [x.double() for x in weights])
         eager = parity.reference_rollout(steps)(*grids, weights)
+    with torch.no_grad():
         actual = backend.rollout(steps)(*grids, weights)
     assert max(x.abs().max() for x in judge) > 0.1, "the automaton died: nothing is compared"
     for ours, float32, expected in zip(actual, eager, judge):
@@ -161,7 +162,7 @@ def test_special_gradients_spread_as_in_the_reference(backend, value):
 @life_masks
 def test_bf16_rounds_operands_and_nothing_else(backend, life_mask):
     skip_without(backend, "bf16")
-    problem = parity.smooth_problem(((5, 3), (7, 19)), 2, life_mask)
+    problem = parity.smooth_problem(((5, 3), (7, 9)) if backend.name == "triton" else ((5, 3), (7, 19)), 2, life_mask)
     actual = parity.run(backend.rollout(2, life_mask=life_mask, precision="bf16"), problem)
     # The judge rounds a bias's gradient too, where the Triton kernels add up what has not been rounded.
     bias_bound = 1.0 if backend.name == "triton" else 0.25
