@@ -27,6 +27,12 @@ def num_threads():
 
 
 @pytest.fixture
+def one_thread(num_threads):
+    """For grids that are too small to share."""
+    num_threads(1)
+
+
+@pytest.fixture
 def unwritten_memory_is_nan():
     """New memory holds NaN, so that what a kernel leaves unwritten cannot pass for a result."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -6,10 +6,10 @@ from fastnca.automaton import triton
 def set_shapes(monkeypatch, tile=(16, 16), programs=3, groups=2):
     """Larger tiles, which take the interpreter hardly more time than small ones, and several of them per program."""
     if triton.interpreting():
-        shapes = triton.Shape(tile, 4), triton.Shape(tile, 8)
+        shapes = triton.LaunchShape(tile, 4), triton.LaunchShape(tile, 8)
         configuration = triton.Configuration(*shapes, programs, groups)
         monkeypatch.setattr(triton, "configuration", lambda architecture, precision: configuration)
-        monkeypatch.setattr(triton, "COPY", shapes[0])
+        monkeypatch.setattr(triton, "MEMORY_BOUND_SHAPE", shapes[0])
 
 
 def patch_once(monkeypatch):

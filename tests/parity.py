@@ -41,27 +41,30 @@ def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False):
     if resting:
         weights[4][ALPHA] = 0
         weights[5][ALPHA] = 0
-    grids = [torch.randn(n, CHANNELS, *size, generator=generator) for size in sizes]
-    for grid in grids:
-        alpha = torch.rand(grid[:, ALPHA].shape, generator=generator)
+    grids = []
+    for size in sizes:
+        grid = torch.randn(n, CHANNELS, *size, generator=generator)
+        alpha = torch.rand(n, *size, generator=generator)
         if alpha_levels is not None:
             alpha = torch.tensor(alpha_levels)[(alpha * len(alpha_levels)).long()]
         grid[:, ALPHA] = alpha
+        grids.append(grid)
     return Problem(grids, weights, [torch.randn(grid.shape, generator=generator) for grid in grids])
 
 
 @lru_cache(maxsize=64)
 def smooth_problem(sizes, num_steps, life_mask=True, n=1):
-    """The Problem of the first seed whose rollout keeps away from kinks: float32 and float64 must agree tightly."""
-    for seed in range(50):
-        problem = make_problem(sizes, n, seed)
-        if keeps_away_from_kinks(problem, num_steps, life_mask):
-            return problem
-    raise AssertionError("no seed keeps away from kinks")
+    """Of ten seeds the Problem whose rollout keeps farthest from kinks: float32 and float64 must agree tightly."""
+    problems = [make_problem(sizes, n, seed) for seed in range(10)]
+    with threads(1):
+        distances = [distance_from_kinks(problem, num_steps, life_mask) for problem in problems]
+    distance = max(distances)
+    assert distance > 4e-7 * num_steps, "no seed keeps away from kinks"
+    return problems[distances.index(distance)]
 
 
-def keeps_away_from_kinks(problem, num_steps, life_mask=True):
-    """Whether float64 stays away from the points where rounding decides a gradient: of relu, clamp and pooling.
+def distance_from_kinks(problem, num_steps, life_mask=True):
+    """How far float64 stays from the points where rounding decides a gradient: of relu, clamp and pooling.
 
     What is exactly there, as resting weights hold it, no rounding moves.
     """
@@ -86,11 +89,22 @@ def keeps_away_from_kinks(problem, num_steps, life_mask=True):
                 windows = F.unfold(F.pad(alpha.clamp(0, 1), (1, 1, 1, 1), value=-1.0), 3).topk(2, dim=1).values
                 see(windows[:, 0] - windows[:, 1])
             s = reference.step(s, weights, life_mask)
-    return nearest > 4e-7 * num_steps
+    return nearest.item()
 
 
 def reference_rollout(num_steps, life_mask=True):
     return lambda mel, linear, weights: [reference.rollout(s, weights, num_steps, life_mask) for s in (mel, linear)]
+
+
+@contextmanager
+def threads(number):
+    """PyTorch, and the CPU kernels with it, with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(rollout, problem, dtype=torch.float32):
@@ -181,9 +195,10 @@ def _judgment(problem, num_steps, life_mask):
     """By name: the float64 reference's results, float32 PyTorch's, and the largest sum of |terms| that make up a
     parameter's gradient."""
     magnitudes = {}
-    with Products(lambda x, weight, bias: MeasuredProduct.apply(x, weight, bias, magnitudes)):
+    with threads(1), Products(lambda x, weight, bias: MeasuredProduct.apply(x, weight, bias, magnitudes)):
         judge = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
-    eager = run(reference_rollout(num_steps, life_mask), problem)
+    with threads(1):
+        eager = run(reference_rollout(num_steps, life_mask), problem)
     return judge, eager, {name: terms.max() for name, terms in magnitudes.items()}
 
 
@@ -225,16 +240,15 @@ else:
 
 
 @contextmanager
-def cpu_kernels(capability, threads):
-    """The CPU kernels in that instruction set, one of CAPABILITIES, and PyTorch and they with so many threads."""
-    before = cpu.capability(), torch.get_num_threads()
+def cpu_kernels(capability, number):
+    """The CPU kernels in that instruction set, one of CAPABILITIES, and with so many threads."""
+    before = cpu.capability()
     _C.set_capability(capability)
-    torch.set_num_threads(threads)
     try:
-        yield
+        with threads(number):
+            yield
     finally:
-        _C.set_capability(before[0])
-        torch.set_num_threads(before[1])
+        _C.set_capability(before)
 
 
 @dataclass(frozen=True)

@@ -52,38 +52,45 @@ life_masks = pytest.mark.parametrize("life_mask", [True, False], ids=["masked", 
 
 
 @life_masks
-@pytest.mark.parametrize(
-    "sizes", [((1, 1), (1, 7)), ((5, 3), (7, 49)), ((80, 2), (513, 1)), ((1, 20), (33, 2))], ids=str
-)
+@pytest.mark.parametrize("sizes", [((1, 1), (17, 18)), ((1, 20), (33, 2))], ids=str)
 def test_two_steps_and_every_gradient(backend, sizes, life_mask):
     problem = parity.smooth_problem(sizes, 2, life_mask)
     actual = parity.run(backend.rollout(2, life_mask=life_mask), problem)
     parity.assert_errs_as_float32(actual, problem, 2, life_mask)
 
 
+def test_all_the_bands_of_both_grids(backend, monkeypatch):
+    if backend.name == "triton":
+        interpreter.set_shapes(monkeypatch, tile=(128, 2))
+    problem = parity.smooth_problem(((80, 2), (513, 1)), 1)
+    parity.assert_errs_as_float32(parity.run(backend.rollout(1), problem), problem, 1)
+
+
 def test_a_batch(backend):
-    problem = parity.smooth_problem(((6, 17), (21, 3)), 1, n=3)
+    problem = parity.smooth_problem(((6, 17), (9, 3)), 1, n=2)
     parity.assert_errs_as_float32(parity.run(backend.rollout(1), problem), problem, 1)
 
 
 @life_masks
-@pytest.mark.parametrize("checkpoint_every", [2, 7])
-def test_checkpoints_do_not_change_a_bit(backend, checkpoint_every, life_mask):
+def test_checkpoints_do_not_change_a_bit(backend, life_mask):
     problem = parity.make_problem(((4, 9), (3, 5)))
     full = parity.run(backend.rollout(3, life_mask=life_mask), problem)
-    replayed = parity.run(backend.rollout(3, life_mask=life_mask, checkpoint_every=checkpoint_every), problem)
-    parity.assert_same_bits(replayed, full)
+    for checkpoint_every in (2, 7):
+        rollout = backend.rollout(3, life_mask=life_mask, checkpoint_every=checkpoint_every)
+        parity.assert_same_bits(parity.run(rollout, problem), full)
 
 
 @pytest.mark.parametrize("levels", [(1.0,), (0.0,), (0.0, 1.0), (0.25, 0.5)], ids=str)
 def test_ties_send_the_gradient_to_the_first_maximum(backend, levels):
-    problem = parity.make_problem(((7, 17), (10, 5)), n=2, seed=1, alpha_levels=levels, resting=True)
+    sizes, n = (((7, 17), (10, 5)), 1) if backend.name == "triton" else (((11, 20), (30, 35)), 2)
+    problem = parity.make_problem(sizes, n, seed=1, alpha_levels=levels, resting=True)
     parity.assert_errs_as_float32(parity.run(backend.rollout(1), problem), problem, 1)
 
 
 def test_the_clamp_passes_the_gradient_at_both_ends(backend):
     levels = (-0.5, 0.0, 0.25, 1.0, 1.5)
-    problem = parity.make_problem(((9, 11), (5, 20)), seed=2, alpha_levels=levels, resting=True)
+    sizes = ((9, 11), (5, 16)) if backend.name == "triton" else ((20, 21), (5, 80))
+    problem = parity.make_problem(sizes, seed=2, alpha_levels=levels, resting=True)
     actual = parity.run(backend.rollout(1), problem)
     parity.assert_errs_as_float32(actual, problem, 1)
     # Outside [0, 1] only the perception passes a gradient to alpha: closing the gate must show.
@@ -95,14 +102,15 @@ def test_the_clamp_passes_the_gradient_at_both_ends(backend):
 
 
 def test_long_rollout_flips_no_more_cells_than_float32(backend):
-    """Life amplifies rounding: over 96 steps some cells take another path. As few as with float32 PyTorch."""
-    sizes = ((8, 16), (16, 14)) if backend.name == "triton" else ((20, 24), (40, 24))
+    """Life amplifies rounding: over many steps some cells take another path. As few as with float32 PyTorch."""
+    sizes, steps = (((8, 16), (16, 14)), 24) if backend.name == "triton" else (((20, 24), (40, 24)), 96)
     grids, weights, _ = parity.make_problem(sizes, seed=3)
     weights = [*weights[:4], weights[4] * 0.02, weights[5] * 0.05]
+    with torch.no_grad(), parity.threads(1):
+        judge = parity.reference_rollout(steps)(*(x.double() for x in grids), [x.double() for x in weights])
+        eager = parity.reference_rollout(steps)(*grids, weights)
     with torch.no_grad():
-        judge = parity.reference_rollout(96)(*(x.double() for x in grids), [x.double() for x in weights])
-        eager = parity.reference_rollout(96)(*grids, weights)
-        actual = backend.rollout(96)(*grids, weights)
+        actual = backend.rollout(steps)(*grids, weights)
     assert max(x.abs().max() for x in judge) > 0.1, "the automaton died: nothing is compared"
     for ours, float32, expected in zip(actual, eager, judge):
         assert parity.flipped_cells(ours, expected) <= 2 * parity.flipped_cells(float32, expected) + 0.01
@@ -115,7 +123,7 @@ numpy_may_warn = pytest.mark.filterwarnings("ignore:invalid value")  # of the in
 @pytest.mark.parametrize("channel", [0, 1, 7])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40], ids=str)
 def test_special_values_spread_as_in_the_reference(backend, value, channel):
-    problem = parity.make_problem(((9, 12), (6, 8)), seed=4)
+    problem = parity.make_problem(((9, 12), (6, 8)) if backend.name == "triton" else ((9, 12), (6, 70)), seed=4)
     for grid in problem.grids:
         grid[0, channel, 4, 5] = value
     with torch.no_grad():
@@ -144,7 +152,7 @@ def test_an_infinity_meets_the_zeros_of_the_filters(backend):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-40], ids=str)
 def test_special_gradients_spread_as_in_the_reference(backend, value):
     problem = parity.make_problem(((5, 9), (3, 8)))
-    assert parity.keeps_away_from_kinks(problem, 1)
+    assert parity.distance_from_kinks(problem, 1) > 4e-7
     for grad in problem.grads:
         grad[0, 3, 2, 5] = value
     actual, expected = (parity.run(rollout, problem) for rollout in (backend.rollout(1), parity.reference_rollout(1)))
@@ -154,7 +162,7 @@ def test_special_gradients_spread_as_in_the_reference(backend, value):
 @life_masks
 def test_bf16_rounds_operands_and_nothing_else(backend, life_mask):
     skip_without(backend, "bf16")
-    problem = parity.smooth_problem(((5, 3), (7, 19)), 2, life_mask)
+    problem = parity.smooth_problem(((5, 3), (7, 9)) if backend.name == "triton" else ((5, 3), (7, 19)), 2, life_mask)
     actual = parity.run(backend.rollout(2, life_mask=life_mask, precision="bf16"), problem)
     # The judge rounds a bias's gradient too, where the Triton kernels add up what has not been rounded.
     bias_bound = 1.0 if backend.name == "triton" else 0.25
@@ -164,22 +172,20 @@ def test_bf16_rounds_operands_and_nothing_else(backend, life_mask):
 # ---- the operators as torch sees them
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("save_every", [0, 1, 2])
-def test_opcheck(backend, save_every, precision):
-    skip_without(backend, precision)
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_opcheck(backend, save_every):
     inputs = backend.inputs(parity.make_problem(((2, 3), (3, 2))), requires_grad=save_every > 0)
-    torch.library.opcheck(ops.rollout_op, (*inputs, 3, save_every, True, precision, backend.name))
+    torch.library.opcheck(ops.rollout_op, (*inputs, 1, save_every, True, "fp32", backend.name))
 
 
 def test_opcheck_backward(backend):
     mel, linear, weights = backend.inputs(parity.make_problem(((2, 3), (3, 2))), requires_grad=False)
-    states = ops.rollout_op(mel, linear, weights, 3, 2, True, "fp32", backend.name)[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, 3, 2, True, "fp32", backend.name))
+    states = ops.rollout_op(mel, linear, weights, 1, 1, True, "fp32", backend.name)[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, 1, 1, True, "fp32", backend.name))
 
 
 def test_compiles_to_one_graph(backend):
-    mel, linear, weights = inputs = backend.inputs(parity.make_problem(((5, 9), (4, 9)), n=2))
+    mel, linear, weights = inputs = backend.inputs(parity.make_problem(((5, 9), (4, 9))))
     model = fastnca.DualSpecTNCA(n_mels=5, n_linear=4, backend=backend.name).to(backend.device)
     model.load_state_dict(dict(zip(model.state_dict(), weights)))
     expected = gradients(inputs, ops.rollout(*inputs, 2, backend=backend.name))
@@ -195,7 +201,8 @@ def every_second(x):
 
 
 def transposed(x):
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    """For weights, too: a vector is its own transpose."""
+    return x if x.dim() < 2 else x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def shifted(x):
@@ -203,37 +210,39 @@ def shifted(x):
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
-@pytest.mark.parametrize("layout", [every_second, transposed, shifted])
-def test_layouts_do_not_change_a_bit(backend, layout):
-    problem = parity.make_problem(((5, 9), (4, 7)), n=2)
-    laid_out = parity.Problem(*([layout(x) for x in part] for part in problem))
-    assert_same = parity.assert_same_bits
-    assert_same(parity.run(backend.rollout(2), laid_out), parity.run(backend.rollout(2), problem))
+def test_layouts_do_not_change_a_bit(backend):
+    problem = parity.make_problem(((5, 9), (4, 7)))
+    expected = parity.run(backend.rollout(1), problem)
+    layouts = [every_second, transposed, shifted]
+    for first, second, third in (layouts, layouts[1:] + layouts[:1], layouts[2:] + layouts[:2]):
+        (mel, linear), weights, (grad_mel, grad_linear) = problem
+        laid_out = parity.Problem(
+            [first(mel), second(linear)], [third(x) for x in weights], [second(grad_mel), third(grad_linear)]
+        )
+        parity.assert_same_bits(parity.run(backend.rollout(1), laid_out), expected)
 
 
 def test_expanded_grids_and_gradients_do_not_change_a_bit(backend):
-    problem = parity.make_problem(((5, 9), (4, 7)), n=2)
+    grids, weights, grads = parity.make_problem(((5, 9), (4, 7)), n=2)
     expanded = parity.Problem(
-        [x[:1].expand_as(x) for x in problem.grids],
-        problem.weights,
-        [torch.ones(()).expand_as(x) for x in problem.grads],
+        [x[:1].expand_as(x) for x in grids], weights, [torch.ones(()).expand_as(x) for x in grads]
     )
     whole = parity.Problem(*([x.clone() for x in part] for part in expanded))
-    parity.assert_same_bits(parity.run(backend.rollout(2), expanded), parity.run(backend.rollout(2), whole))
+    parity.assert_same_bits(parity.run(backend.rollout(1), expanded), parity.run(backend.rollout(1), whole))
 
 
 def test_a_missing_gradient_is_zero(backend):
-    inputs = backend.inputs(parity.make_problem(((5, 9), (4, 7)), n=2))
+    inputs = backend.inputs(parity.make_problem(((5, 9), (4, 7))))
     grads = [torch.ones_like(inputs[0]), torch.zeros_like(inputs[1])]
-    expected = gradients(inputs, ops.rollout(*inputs, 2, backend=backend.name), grads)
-    actual = gradients(inputs, [ops.rollout(*inputs, 2, backend=backend.name)[0].sum()])
+    expected = gradients(inputs, ops.rollout(*inputs, 1, backend=backend.name), grads)
+    actual = gradients(inputs, [ops.rollout(*inputs, 1, backend=backend.name)[0].sum()])
     assert_equal(actual, expected)
 
 
 def test_only_what_asks_for_a_gradient_gets_one(backend):
     mel, linear, weights = backend.inputs(parity.make_problem(((5, 9), (4, 7))), requires_grad=False)
     weights[3].requires_grad_()
-    sum(x.sum() for x in ops.rollout(mel, linear, weights, 2, backend=backend.name)).backward()
+    sum(x.sum() for x in ops.rollout(mel, linear, weights, 1, backend=backend.name)).backward()
     assert weights[3].grad.abs().max() > 0
     assert all(x.grad is None for x in (mel, linear, *weights[:3], *weights[4:]))
 
@@ -252,17 +261,18 @@ def test_states_are_saved_only_for_a_gradient(backend):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
         with torch.no_grad():
-            ops.rollout(*inputs, 6, backend=backend.name)
-        ops.rollout(*backend.inputs(problem, requires_grad=False), 6, backend=backend.name)
+            ops.rollout(*inputs, 1, backend=backend.name)
+        ops.rollout(*backend.inputs(problem, requires_grad=False), 1, backend=backend.name)
         assert saved == []
-        ops.rollout(*inputs, 6, checkpoint_every=4, backend=backend.name)
-    steps, floats = saved[0]
-    assert steps == 3 and 16 * 12 <= floats < 16 * 12 + 64  # the values of 12 cells, and what a backend keeps beside
+        ops.rollout(*inputs, 3, checkpoint_every=2, backend=backend.name)
+    assert saved[0] == (3, backends.BACKENDS[backend.name].state_floats(*inputs[:2], True))
+    if backend.name == "cpu":
+        assert saved[0] == (3, 16 * 12)  # the values of 12 cells
 
 
 def test_unsaved_states_are_reported(backend):
     inputs = backend.inputs(parity.make_problem(((2, 3), (3, 2))))
-    outputs = ops.rollout_op(*inputs, 3, 0, True, "fp32", backend.name)
+    outputs = ops.rollout_op(*inputs, 1, 0, True, "fp32", backend.name)
     with pytest.raises(RuntimeError, match="saved no states"):
         outputs[0].sum().backward()
 
@@ -273,15 +283,15 @@ def test_unsaved_states_are_reported(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m, l, w: (m[:, :8], l, w, 1), ValueError, r"mel must have shape \[N, 16, H, W\].*got \[2, 8, 7, 9\]"),
-        (lambda m, l, w: (m, l[:, :, :0], w, 1), ValueError, "linear must have shape .* without an empty axis"),
-        (lambda m, l, w: (m[:1], l, w, 1), ValueError, "same batch size, got 1 and 2"),
-        (lambda m, l, w: (m, l, w[:5], 1), ValueError, r"weights must be \(w1, b1, .*got 5 tensors"),
-        (lambda m, l, w: (m, l, [w[0][:, :9], *w[1:]], 1), ValueError, r"w1 must have shape \[128, 64, 1, 1\]"),
-        (lambda m, l, w: (m, l.double(), w, 1), TypeError, "linear must have the weights' dtype torch.float32, got"),
-        (lambda m, l, w: (m, l.to("meta"), w, 1), ValueError, "linear must be on the weights' device cpu, got meta"),
-        (lambda m, l, w: (m.numpy(), l, w, 1), TypeError, "mel must be a torch.Tensor, got ndarray"),
-        (lambda m, l, w: (m, l, w, -1), ValueError, "num_steps must be an integer of at least 0, got -1"),
+        (lambda a, b, w: (a[:, :8], b, w, 1), ValueError, r"mel must have shape \[N, 16, H, W\].*got \[2, 8, 7, 9\]"),
+        (lambda a, b, w: (a, b[:, :, :0], w, 1), ValueError, "linear must have shape .* without an empty axis"),
+        (lambda a, b, w: (a[:1], b, w, 1), ValueError, "same batch size, got 1 and 2"),
+        (lambda a, b, w: (a, b, w[:5], 1), ValueError, r"weights must be \(w1, b1, .*got 5 tensors"),
+        (lambda a, b, w: (a, b, [w[0][:, :9], *w[1:]], 1), ValueError, r"w1 must have shape \[128, 64, 1, 1\]"),
+        (lambda a, b, w: (a, b.double(), w, 1), TypeError, "linear must have the weights' dtype torch.float32, got"),
+        (lambda a, b, w: (a, b.to("meta"), w, 1), ValueError, "linear must be on the weights' device cpu, got meta"),
+        (lambda a, b, w: (a.numpy(), b, w, 1), TypeError, "mel must be a torch.Tensor, got ndarray"),
+        (lambda a, b, w: (a, b, w, -1), ValueError, "num_steps must be an integer of at least 0, got -1"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["auto", *backends.BACKENDS])

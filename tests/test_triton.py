@@ -9,89 +9,35 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 
+import interpreter
+import parity
 import pytest
 import torch
-from test_cpu import (
-    RoundedF,
-    assert_close_to_float64,
-    make_grid,
-    make_problem,
-    make_weights,
-    reference_rollout,
-    resting_weights,
-    run,
-)
 
 import fastnca
-from fastnca import _triton, backends, ops, reference
+from fastnca.automaton import backends, ops, triton
 
-if not _triton.INSTALLED:
+if not triton.INSTALLED:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan", "one_thread")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = parity.Backend("triton", DEVICE)
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
-
-# With tiles of 16 x 16 cells: ragged at every edge, several of them, and whole ones.
-SIZES = [((1, 1), (1, 7)), ((5, 3), (7, 19)), ((16, 16), (17, 18)), ((33, 2), (1, 20))]
-SIZE_IDS = ["-".join(f"{h}x{w}" for h, w in pair) for pair in SIZES]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
 def _patched_once(monkeypatch):
-    """Triton 3.9 patches its language anew for each call of a device function, which takes a third of the time: what it
-    has done for the launch holds for our functions too."""
-    if DEVICE == "cpu":
-        from triton.runtime.interpreter import InterpretedFunction
-
-        original = InterpretedFunction.__call__
-
-        def call(function, *args, **kwargs):
-            if function.fn.__module__ == "fastnca._triton_kernels":
-                return function.rewrite()(*args, **kwargs)
-            return original(function, *args, **kwargs)
-
-        monkeypatch.setattr(InterpretedFunction, "__call__", call)
-
-
-def set_shapes(monkeypatch, tile=(16, 16), programs=3, groups=2):
-    """Larger tiles, which take the interpreter hardly more time than small ones, and several of them per program."""
-    if DEVICE == "cpu":
-        configuration = _triton.Configuration(_triton.Shape(tile, 4), _triton.Shape(tile, 8), programs, groups)
-        monkeypatch.setattr(_triton, "configuration", lambda architecture, precision: configuration)
-        monkeypatch.setattr(_triton, "COPY", _triton.Shape(tile, 4))
+    interpreter.patch_once(monkeypatch)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    set_shapes(monkeypatch)
+    interpreter.set_shapes(monkeypatch)
 
 
-def fused(num_steps, **options):
-    """The rollout under test, for inputs on the CPU."""
-
-    def rollout(mel, lin, weights):
-        mel, lin, *weights = (x.to(DEVICE) for x in (mel, lin, *weights))
-        return [x.cpu() for x in ops.rollout(mel, lin, weights, num_steps, backend="triton", **options)]
-
-    return rollout
-
-
-def check(problem, num_steps, life_mask=True, **options):
-    assert_close_to_float64(fused(num_steps, life_mask=life_mask, **options), problem, num_steps, life_mask)
-
-
-@pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
-@pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)
-def test_two_steps_and_every_gradient(large_tiles, sizes, life_mask):
-    check(make_problem(sizes, num_steps=2, life_mask=life_mask), 2, life_mask)
+def make_inputs(requires_grad=True, height=5, width=9):
+    return TRITON.inputs(parity.make_problem(((height, width), (height, width))), requires_grad)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
@@ -99,184 +45,17 @@ def test_in_the_shapes_of_the_table(precision):
     """Interpreted, tf32 products are exact: both precisions' tiles, slices and programs, to the accuracy of float32."""
     if DEVICE != "cpu" and precision == "tf32":
         pytest.skip("tf32 rounds")
-    check(make_problem(((3, 9), (9, 2)), num_steps=1), 1, precision=precision)
-
-
-def test_all_the_bands_of_both_grids(monkeypatch):
-    set_shapes(monkeypatch, tile=(128, 2))
-    check(make_problem(((80, 2), (513, 1)), num_steps=1), 1)
-
-
-def test_a_batch(large_tiles):
-    check(make_problem(((6, 17), (9, 3)), num_steps=1, n=3), 1)
-
-
-@pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
-@pytest.mark.parametrize("checkpoint_every", [2, 7])
-def test_checkpoints_do_not_change_a_bit(large_tiles, checkpoint_every, life_mask):
-    problem = make_problem(((4, 9), (3, 5)), num_steps=1)
-    full = run(fused(3, life_mask=life_mask), *problem)
-    replayed = run(fused(3, life_mask=life_mask, checkpoint_every=checkpoint_every), *problem)
-    for name in full:
-        assert torch.equal(replayed[name], full[name]), name
+    problem = parity.smooth_problem(((3, 3), (2, 2)), 1)
+    parity.assert_errs_as_float32(parity.run(TRITON.rollout(1, precision=precision), problem), problem, 1)
 
 
 def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch):
-    problem = make_problem(((9, 17), (18, 17)), num_steps=1)
+    problem = parity.make_problem(((9, 17), (2, 3)))
     results = []
     for programs in (1, 100):
-        set_shapes(monkeypatch, programs=programs)
-        results.append(run(fused(2), *problem))
-    for other in results[1:]:
-        for name in other:
-            assert torch.equal(other[name], results[0][name]), name
-
-
-@pytest.mark.parametrize("levels", [(1.0,), (0.0,), (0.0, 1.0), (0.25, 0.5)], ids=str)
-def test_ties_send_the_gradient_to_the_first_maximum(large_tiles, levels):
-    generator = torch.Generator().manual_seed(1)
-    grids = [make_grid(generator, 2, *size) for size in ((7, 17), (10, 5))]
-    for grid in grids:
-        grid[:, 1] = torch.tensor(levels)[torch.randint(len(levels), grid[:, 1].shape, generator=generator)]
-    grads = [torch.randn(grid.shape, generator=generator) for grid in grids]
-    check((grids, resting_weights(generator), grads), 1)
-
-
-def test_the_clamp_passes_the_gradient_at_both_ends(large_tiles):
-    generator = torch.Generator().manual_seed(2)
-    grids = [make_grid(generator, 1, *size) for size in ((9, 11), (5, 20))]
-    levels = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5])
-    for grid in grids:
-        grid[:, 1] = levels[torch.randint(5, grid[:, 1].shape, generator=generator)]
-    grads = [torch.randn(grid.shape, generator=generator) for grid in grids]
-    problem = grids, resting_weights(generator), grads
-    check(problem, 1)
-    gradient = run(fused(1), *problem)["mel"][:, 1]
-    outside = (grids[0][:, 1] < 0) | (grids[0][:, 1] > 1)
-    expected = run(reference_rollout(1), *problem)["mel"][:, 1]
-    torch.testing.assert_close(gradient[outside], expected[outside], rtol=1e-4, atol=1e-5)
-
-
-def test_long_rollout_flips_no_more_cells_than_float32(large_tiles):
-    generator = torch.Generator().manual_seed(3)
-    weights = make_weights(generator)
-    weights[4] *= 0.02
-    weights[5] = torch.randn(16, generator=generator) * 0.01
-    grids = [make_grid(generator, 1, *size) for size in ((8, 16), (16, 14))]
-
-    def flipped(outputs, judge):
-        return [((x - y).abs().amax(1) > 1e-3).double().mean().item() for x, y in zip(outputs, judge)]
-
-    with torch.no_grad():
-        judge = reference_rollout(96)(*(g.double() for g in grids), [w.double() for w in weights])
-        eager = flipped(reference_rollout(96)(*grids, weights), judge)
-        ours = flipped(fused(96)(*grids, weights), judge)
-    assert max(x.abs().max() for x in judge) > 0.1, "the automaton died: nothing is compared"
-    for mine, theirs in zip(ours, eager):
-        assert mine <= 2 * theirs + 0.01
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter
-@pytest.mark.parametrize("channel", [0, 1, 7])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40], ids=str)
-def test_special_values_spread_as_in_the_reference(large_tiles, value, channel):
-    generator = torch.Generator().manual_seed(4)
-    weights = make_weights(generator)
-    grids = [make_grid(generator, 1, *size) for size in ((9, 12), (6, 8))]
-    for grid in grids:
-        grid[0, channel, 4, 5] = value
-    with torch.no_grad():
-        actual = fused(2)(*grids, weights)
-        expected = reference_rollout(2)(*grids, weights)
-    for mine, target in zip(actual, expected):
-        torch.testing.assert_close(mine, target, rtol=1e-4, atol=1e-4, equal_nan=True)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-40], ids=str)
-def test_special_gradients_spread_as_in_the_reference(large_tiles, value):
-    grids, weights, grads = make_problem(((5, 9), (3, 8)), num_steps=1)
-    for grad in grads:
-        grad[0, 3, 2, 5] = value
-    actual = run(fused(1), grids, weights, grads)
-    for name, target in run(reference_rollout(1), grids, weights, grads).items():
-        torch.testing.assert_close(
-            actual[name], target, rtol=1e-4, atol=1e-4, equal_nan=True, msg=f"{name}: {{}}".format
-        )
-
-
-@pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
-def test_bf16_rounds_operands_and_nothing_else(large_tiles, monkeypatch, life_mask):
-    problem = make_problem(((5, 3), (7, 19)), num_steps=2, life_mask=life_mask)
-    actual = run(fused(2, life_mask=life_mask, precision="bf16"), *problem)
-    exact = run(reference_rollout(2, life_mask), *problem, dtype=torch.float64)
-    monkeypatch.setattr(reference, "F", RoundedF)
-    judge = run(reference_rollout(2, life_mask), *problem, dtype=torch.float64)
-    for name, expected in judge.items():
-        error, rounding = ((x[name] - expected).norm() / expected.norm() for x in (actual, exact))
-        # The judge rounds a bias's gradient too, where the kernels add up what has not been rounded.
-        bound = 1.0 if name.startswith("b") else 0.25
-        assert error < bound * rounding, f"{name}: error {error:.2e}, of the rounding itself {rounding:.2e}"
-
-
-def make_inputs(requires_grad=True, height=5, width=9):
-    generator = torch.Generator().manual_seed(0)
-    grids = [torch.rand(2, 16, height, width, generator=generator) for _ in range(2)]
-    weights = [torch.randn(shape, generator=generator) * 0.1 for shape in ops._WEIGHT_SHAPES]
-    inputs = [x.to(DEVICE).requires_grad_(requires_grad) for x in (*grids, *weights)]
-    return inputs[0], inputs[1], inputs[2:]
-
-
-def gradients(inputs, grads=None, **options):
-    outputs = ops.rollout(*inputs, 2, backend="triton", **options)
-    grads = [torch.ones_like(x) for x in outputs] if grads is None else grads
-    return torch.autograd.grad(outputs, [*inputs[:2], *inputs[2]], grads)
-
-
-@pytest.mark.parametrize("save_every", [0, 1])
-def test_opcheck(large_tiles, save_every):
-    mel, lin, weights = make_inputs(requires_grad=save_every > 0, height=2, width=3)
-    torch.library.opcheck(ops.rollout_op, (mel, lin, *weights, 2, save_every, True, "fp32", "triton"))
-
-
-def test_opcheck_backward(large_tiles):
-    mel, lin, weights = make_inputs(requires_grad=False, height=2, width=3)
-    states = ops.rollout_op(mel, lin, *weights, 2, 2, True, "fp32", "triton")[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, lin, states, *weights, 2, 2, True, "fp32", "triton"))
-
-
-def test_compiles_to_one_graph(large_tiles):
-    inputs = make_inputs()
-    model = fastnca.DualSpecTNCA(n_mels=5, n_linear=5, backend="triton").to(DEVICE)
-    for parameter, weight in zip(model.parameters(), inputs[2]):
-        parameter.data.copy_(weight)
-    compiled = torch.compile(model.rollout, fullgraph=True, backend="aot_eager")
-    outputs = compiled(*inputs[:2], num_steps=2)
-    actual = torch.autograd.grad(outputs, [*inputs[:2], *model.parameters()], [torch.ones_like(x) for x in outputs])
-    for mine, target in zip(actual, gradients(inputs)):
-        assert torch.equal(mine, target)
-
-
-def test_layouts_do_not_matter(large_tiles):
-    inputs = make_inputs()
-    expected = gradients(inputs)
-    mel, lin, weights = (x.detach() if isinstance(x, torch.Tensor) else [w.detach() for w in x] for x in inputs)
-    wide = torch.zeros(2, 32, 10, 18, device=DEVICE)
-    wide[:, ::2, ::2, ::2] = mel
-    shifted = torch.cat([lin.new_zeros(1), lin.flatten()])[1:].view(lin.shape)
-    strided = [torch.stack([w, w], -1)[..., 0].requires_grad_() for w in weights]
-    views = wide[:, ::2, ::2, ::2].requires_grad_(), shifted.requires_grad_(), strided
-    grads = [torch.ones((), device=DEVICE).expand(x.shape) for x in views[:2]]
-    for mine, target in zip(gradients(views, grads), expected):
-        assert torch.equal(mine, target)
-
-
-def test_a_missing_gradient_is_zero(large_tiles):
-    inputs = make_inputs()
-    expected = gradients(inputs, [torch.ones_like(inputs[0]), torch.zeros_like(inputs[1])])
-    output = ops.rollout(*inputs, 2, backend="triton")[0].sum()
-    for mine, target in zip(torch.autograd.grad(output, [*inputs[:2], *inputs[2]]), expected):
-        assert torch.equal(mine, target)
+        interpreter.set_shapes(monkeypatch, programs=programs)
+        results.append(parity.run(TRITON.rollout(2), problem))
+    parity.assert_same_bits(results[1], results[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,11 +67,11 @@ KERNELS = ("step", "network_backward", "stencil_backward", "load_planar", "store
 @contextmanager
 def every_launch(seen):
     """Calls ``seen(kernel, arguments by name, launch)`` in place of each launch."""
-    from fastnca import _triton_kernels
+    from fastnca.automaton import triton_kernels
 
     with pytest.MonkeyPatch.context() as patch:
         for name in KERNELS:
-            kernel = getattr(_triton_kernels, name)
+            kernel = getattr(triton_kernels, name)
 
             def run(*args, kernel=kernel, original=kernel.run, **options):
                 arguments = dict(zip(kernel.arg_names, args)) | options
@@ -302,8 +81,8 @@ def every_launch(seen):
         yield
 
 
-@pytest.mark.parametrize("checkpoint_every", [None, 3])
-def test_launches_per_step(large_tiles, checkpoint_every):
+@pytest.mark.parametrize(("checkpoint_every", "steps"), [(None, 3), (3, 6)])
+def test_launches_per_step(large_tiles, checkpoint_every, steps):
     def count(num_steps, backward):
         launches = Counter()
 
@@ -320,9 +99,9 @@ def test_launches_per_step(large_tiles, checkpoint_every):
                 assert forward == {"load_planar": 1, "step": num_steps, "store_planar": 1}
         return launches
 
-    assert count(5, False) == {"load_planar": 1, "step": 5, "store_planar": 1}
-    launches = count(6, True)
-    each = {"network_backward": 6, "stencil_backward": 6, "load_planar": 1, "sum_groups": 1}
+    assert count(3, False) == {"load_planar": 1, "step": 3, "store_planar": 1}
+    launches = count(steps, True)
+    each = {"network_backward": steps, "stencil_backward": steps, "load_planar": 1, "sum_groups": 1}
     # A replayed segment of three steps takes two steps and leaves the last one's life mask by a masked read.
     expected = {**each, "store_planar": 1} if checkpoint_every is None else {**each, "store_planar": 3, "step": 4}
     assert launches == expected
@@ -349,16 +128,17 @@ def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large
 
         monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
         mel, lin, weights = make_inputs(requires_grad=False, height=2, width=2)
-        states = mel.new_zeros(num_steps + 1, _triton.state_floats(mel, lin, True))
-        _triton.rollout(mel, lin, weights, num_steps, 1, True, "fp32", states)
-        _triton.rollout_backward(mel, lin, states, weights, num_steps, 1, True, "fp32")
+        states = mel.new_zeros(num_steps + 1, triton.state_floats(mel, lin, True))
+        triton.rollout(mel, lin, weights, num_steps, 1, True, "fp32", states)
+        triton.rollout_backward(mel, lin, states, weights, num_steps, 1, True, "fp32")
         counts.append(len(allocated))
     assert counts[0] == counts[1]
 
 
 def test_neighbouring_memory_is_left_alone(large_tiles, monkeypatch):
     """All memory of a rollout lies between guards; all of it, and the guards, hold NaN before it is written."""
-    expected = run(fused(3, checkpoint_every=2), *make_problem(((3, 9), (9, 2)), num_steps=1))
+    problem = parity.make_problem(((3, 9), (9, 2)))
+    expected = parity.run(TRITON.rollout(3, checkpoint_every=2), problem)
     guarded = []
 
     def new_empty(tensor, *size, **kwargs):
@@ -373,13 +153,12 @@ def test_neighbouring_memory_is_left_alone(large_tiles, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
-    actual = run(fused(3, checkpoint_every=2), *make_problem(((3, 9), (9, 2)), num_steps=1))
+    actual = parity.run(TRITON.rollout(3, checkpoint_every=2), problem)
     monkeypatch.undo()
     assert len(guarded) > 5
     for whole in guarded:
         assert whole[:64].isnan().all() and whole[-64:].isnan().all()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
+    parity.assert_same_bits(actual, expected)
 
 
 class Memory:
@@ -426,8 +205,7 @@ class Memory:
 @interpreted
 @pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
 def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles, life_mask):
-    mel, lin = (torch.rand(2, 16, *size, requires_grad=True) for size in ((3, 9), (9, 2)))
-    weights = [torch.randn(shape, requires_grad=True) * 0.1 for shape in ops._WEIGHT_SHAPES]
+    mel, lin, weights = TRITON.inputs(parity.make_problem(((3, 9), (9, 2)), n=2))
     cells = (mel.numel() + lin.numel()) // 16
     seen = Counter()
 
@@ -452,7 +230,7 @@ def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles
             if masked:
                 assert_written("rows", values + cells, values + 2 * cells)
             assert_written("mel", 0, mel.numel())
-            assert_written("lin", 0, lin.numel())
+            assert_written("linear", 0, lin.numel())
         elif name == "network_backward":
             assert_written("gradient_perception", 0, 64 * cells)
             groups = arguments["gradient_groups"]
@@ -472,7 +250,7 @@ def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles
 
 
 @interpreted
-@pytest.mark.parametrize("precision", _triton.PRECISIONS)
+@pytest.mark.parametrize("precision", triton.PRECISIONS)
 def test_the_list_of_compilations_is_what_is_launched(precision):
     launched, listed = set(), {}
 
@@ -487,13 +265,14 @@ def test_the_list_of_compilations_is_what_is_launched(precision):
         launched.add(key(kernel, constexprs, options))
         return launch()
 
-    for name, kernel, signature, constexprs, _, options in _triton.compilations(80, precision):
+    for name, kernel, signature, constexprs, _, options in triton.compilations(80, precision):
         assert list(signature) == list(kernel.arg_names)
         listed[key(kernel, constexprs, options)] = name
     inputs = make_inputs(height=1, width=1)
     with every_launch(seen):
         for life_mask in (True, False):
-            gradients(inputs, life_mask=life_mask, precision=precision)
+            outputs = ops.rollout(*inputs, 2, backend="triton", life_mask=life_mask, precision=precision)
+            sum(x.sum() for x in outputs).backward()
     assert launched == set(listed)
     assert len(set(listed.values())) == len(listed)
 
@@ -545,25 +324,25 @@ def test_an_old_gpu_is_refused(monkeypatch):
     assert reason == "it needs compute capability 8.0 or later, and a T4 has 7.5"
     for capability[0], architecture in (((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)):
         assert backends.why_not("triton", device="cuda") is None
-        assert _triton.architecture_of(torch.device("cuda")) == architecture
+        assert triton.architecture_of(torch.device("cuda")) == architecture
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(_triton, "INSTALLED", False)
+    monkeypatch.setattr(triton, "INSTALLED", False)
     assert backends.why_not("triton", device=DEVICE) == "the package triton is not installed"
 
 
 def test_grids_that_are_too_wide_are_refused():
     mel, lin, weights = make_inputs(requires_grad=False)
-    wide = mel[..., :1].expand(-1, -1, -1, _triton.MAX_WIDTH + 1)
-    with pytest.raises(ValueError, match=f"lin must have at most {_triton.MAX_WIDTH} frames"):
+    wide = mel[..., :1].expand(-1, -1, -1, triton.MAX_WIDTH + 1)
+    with pytest.raises(ValueError, match=f"linear must have at most {triton.MAX_WIDTH} frames"):
         ops.rollout(mel, wide, weights, 1, backend="triton")
 
 
 def test_cpu_work_imports_neither_triton_nor_torchdynamo():
     script = """
 import sys, torch, fastnca
-fastnca.backends.why_not("triton")
+fastnca.automaton.backends.why_not("triton")
 model = fastnca.DualSpecTNCA(n_mels=3, n_linear=4, backend="cpu")
 sum(grid.sum() for grid in model.rollout(*model.seed(5), 2)).backward()
 print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
