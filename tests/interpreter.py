@@ -21,7 +21,7 @@ def patch_once(monkeypatch):
         original = InterpretedFunction.__call__
 
         def call(function, *args, **kwargs):
-            if function.fn.__module__ == "fastnca.automaton.triton_kernels":
+            if function.fn.__module__.startswith("fastnca.automaton."):
                 return function.rewrite()(*args, **kwargs)
             return original(function, *args, **kwargs)
 
