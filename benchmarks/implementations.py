@@ -219,7 +219,7 @@ def _jax_step(channels_last, weights, s):
     y_axis, x_axis, channel_axis = (1, 2, 3) if channels_last else (2, 3, 1)
 
     def shifted(x, outside):
-        """The 3 x 3 neighbours of every cell, [row][column]."""
+        """The 3 x 3 neighbors of every cell, [row][column]."""
         pad = [(1, 1) if axis in (y_axis, x_axis) else (0, 0) for axis in range(4)]
         x = jnp.pad(x, pad, constant_values=outside)
         rows = [jax.lax.slice_in_dim(x, dy, dy + s.shape[y_axis], axis=y_axis) for dy in range(3)]

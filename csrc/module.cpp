@@ -1,5 +1,5 @@
 // The Python module fastnca._C: the limited C interface, so that one binary serves every Python from 3.10 on, and
-// plain addresses instead of tensors, so that it serves every torch. fastnca/_cpu.py checks what it passes here.
+// plain addresses instead of tensors, so that it serves every torch. fastnca/automaton/ops.py checks what it passes here.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>

@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Grow a sound from one seed cell with a neural cellular automaton.",
+    help="Teach a neural cellular automaton to grow a sound.",
 )
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="The folder for everything that the run writes.")]

@@ -85,7 +85,7 @@ def test_perceive_by_hand():
     s[0, 0, 0, 0] = 1.0
     p = reference.perceive(s)[0]
     assert p.shape == (4, 3, 3)
-    assert p[1, 1, 1] == -1.0 and p[2, 1, 1] == -1.0 and p[3, 1, 1] == 1.0  # seen from its lower right neighbour
+    assert p[1, 1, 1] == -1.0 and p[2, 1, 1] == -1.0 and p[3, 1, 1] == 1.0  # seen from its lower right neighbor
     assert p[3, 0, 0] == -12.0 and p[1, 0, 1] == -2.0 and p[2, 1, 0] == -2.0  # cross-correlation, zero padding
 
 

@@ -135,7 +135,7 @@ def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large
     assert counts[0] == counts[1]
 
 
-def test_neighbouring_memory_is_left_alone(large_tiles, monkeypatch):
+def test_neighboring_memory_is_left_alone(large_tiles, monkeypatch):
     """All memory of a rollout lies between guards; all of it, and the guards, hold NaN before it is written."""
     problem = parity.make_problem(((3, 9), (9, 2)))
     expected = parity.run(TRITON.rollout(3, checkpoint_every=2), problem)

@@ -6,7 +6,7 @@ One step of one grid ``s`` of shape [N, C, H, W] (C channels: 0 = value, 1 = alp
     ds = W3 relu(W2 relu(W1 p + b1) + b2) + b3                   # 1x1 convolutions
     u  = s + ds
     v  = u with v[:, 1] = clamp(u[:, 1], 0, 1)
-    s' = v * maxpool3x3(v[:, 1])                                 # a cell lives if a neighbour does
+    s' = v * maxpool3x3(v[:, 1])                                 # a cell lives if a neighbor does
 """
 
 import torch
