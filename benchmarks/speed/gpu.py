@@ -90,7 +90,7 @@ QUICK = Size(
     copied=2**20,
 )
 # A sound has all 593 bands, which is too much for the interpreter.
-INTERPRETED = replace(QUICK, batches=(1,), precisions=("bf16",), learned=())
+INTERPRETED = replace(QUICK, grids=(((2, 2), (3, 3)),), batches=(1,), precisions=("bf16",), learned=())
 
 
 class NeedsGpu(Exception):
@@ -196,11 +196,8 @@ def _values_and_gradients(rollout, inputs, dtype=torch.float32):
 def parity(size, found):
     """Parity: two steps and every gradient against the reference in float64, relative errors of the norm"""
     cases = [(grids, 1, {}) for grids in size.grids]
-    cases += [
-        (size.grids[1], 2, {}),
-        (size.grids[1], 1, {"life_mask": False}),
-        (size.grids[1], 1, {"checkpoint_every": 2}),
-    ]
+    middle = size.grids[len(size.grids) // 2]
+    cases += [(middle, 2, {}), (middle, 1, {"life_mask": False}), (middle, 1, {"checkpoint_every": 2})]
     rows = []
     for grids, batch, options in cases:
         inputs = _random_inputs(grids, batch)
