@@ -14,6 +14,7 @@ if not triton.INSTALLED:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 COMMITTED = Path(benchmarks.__file__).parent / "results" / "compiled.csv"
+RENEW = "run python -m benchmarks.compiled.report -o benchmarks/results"
 
 
 def read(path):
@@ -31,7 +32,7 @@ def test_the_kernels_of_a_step_compile_as_they_must():
 
 
 def test_the_committed_results_are_of_these_kernels():
-    """If this fails, run python -m benchmarks.compiled.report -o benchmarks/results."""
+    assert f"Fingerprint of the kernels: {report.fingerprint()}." in COMMITTED.with_suffix(".md").read_text(), RENEW
     rows = read(COMMITTED)
     assert [(int(row["architecture"]), row["precision"], row["kernel"]) for row in rows] == [
         (architecture, precision, name)

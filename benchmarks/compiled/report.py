@@ -17,10 +17,12 @@ follows a PREDICTION of the time per step, and nothing else here is about time. 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import tempfile
+import tokenize
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -116,6 +118,32 @@ def occupancy(capability, registers, warps, shared, tensor_memory):
 @cache
 def _compilations(architecture, precision):
     return {name: rest for name, *rest in triton.compilations(architecture, precision)}
+
+
+def fingerprint():
+    """16 digits of all that decides what is compiled: the kernels' code without comments and docstrings, and
+    every constant and option. Committed results with another one are of other kernels."""
+    digest = hashlib.sha256()
+    for name in ("triton_cells.py", "triton_kernels.py", "rule.py"):
+        digest.update(repr(list(_tokens(Path(triton.__file__).parent / name))).encode())
+    for architecture in triton.ARCHITECTURES:
+        for precision in triton.PRECISIONS:
+            for name, (_, *request) in _compilations(architecture, precision).items():
+                digest.update(repr((architecture, precision, name, request)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _tokens(path):
+    """The words of a Python file, the same for every version of Python, which the syntax tree is not."""
+    before = tokenize.NEWLINE
+    with tokenize.open(path) as file:
+        for kind, word, *_ in tokenize.generate_tokens(file.readline):
+            if kind in (tokenize.COMMENT, tokenize.NL):
+                continue
+            is_docstring = kind == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT)
+            if not is_docstring:
+                yield word
+            before = kind
 
 
 def compile_kernel(architecture, precision, name):
@@ -346,7 +374,8 @@ def markdown(rows, traffic, predictions):
     wrong = [f"- {r['architecture']} {r['precision']} {r['kernel']}: {'; '.join(f)}" for r in rows if (f := faults(r))]
     verdict = f"None of {len(rows)} kernels spills, exceeds its part's shared memory, or lacks its loads, stores or "
     parts = [
-        f"# The Triton kernels as compiled\n\nBy triton {version('triton')}; no GPU ran anything here.",
+        f"# The Triton kernels as compiled\n\nBy triton {version('triton')}; no GPU ran anything here. "
+        f"Fingerprint of the kernels: {fingerprint()}.",
         "\n".join(wrong) or f"{verdict}products. compiled.csv has a line for each.",
     ]
     if predictions:
