@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -237,7 +237,7 @@ def test_unknown_optimizer():
 
 def test_a_recipe_survives_json():
     for recipe in RECIPES.values():
-        assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
+        assert Recipe(**json.loads(json.dumps(asdict(recipe)))) == recipe
 
 
 def test_damage_zeroes_one_block_of_all_channels():

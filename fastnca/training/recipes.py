@@ -1,6 +1,6 @@
 """Recipes: how a model learns its targets, every choice with a name."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 OPTIMIZERS = ("adam", "muon")
 
@@ -49,10 +49,6 @@ class Recipe:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
         if not 0.0 <= self.continue_share < 1.0:
             raise ValueError(f"continue_share must be from 0 to below 1, got {self.continue_share!r}")
-
-    def to_dict(self):
-        """A JSON-serializable dict of all fields: ``Recipe(**recipe.to_dict()) == recipe``, also after JSON."""
-        return asdict(self)
 
 
 _DEFAULT = Recipe(
