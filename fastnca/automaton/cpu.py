@@ -40,39 +40,51 @@ def state_floats(mel, linear, life_mask):
     return mel.numel() + linear.numel()
 
 
-def _problem(mel, linear, num_steps, save_every, life_mask, precision):
+def _problem(mel, linear, num_steps, save_every, life_mask, growth, precision):
     sizes = (mel.shape[0], *mel.shape[2:], *linear.shape[2:])
-    return sizes, num_steps, save_every, life_mask, precision == "bf16", torch.get_num_threads()
+    return sizes, num_steps, save_every, life_mask, growth, precision == "bf16", torch.get_num_threads()
 
 
 def _addresses(tensors):
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def rollout(mel, linear, weights, num_steps, save_every, life_mask, precision, states):
+def _by_place(context):
+    """Context tables [N, 128, length] as the kernels read them: [N, length, 128]."""
+    return [table.transpose(1, 2).contiguous() for table in context]
+
+
+def rollout(mel, linear, weights, context, num_steps, save_every, life_mask, growth, precision, states):
     """-> final (mel, linear). ``states`` receives every ``save_every``-th state and the last, or is None."""
     grids = [mel.contiguous(), linear.contiguous()]
     weights = [weight.contiguous() for weight in weights]
+    tables = _by_place(context)
     final = [torch.empty_like(grid) for grid in grids]
-    problem = _problem(mel, linear, num_steps, save_every, life_mask, precision)
+    problem = _problem(mel, linear, num_steps, save_every, life_mask, growth, precision)
     saved = 0 if states is None else states.data_ptr()
-    _C.rollout(*problem, _addresses(weights), _addresses(grids), _addresses(final), saved)
+    _C.rollout(*problem, _addresses(weights), _addresses(tables), _addresses(grids), _addresses(final), saved)
     return final
 
 
-def rollout_backward(grad_mel, grad_linear, states, weights, num_steps, save_every, life_mask, precision):
-    """-> gradients of the initial mel, of the initial linear and of the weights, a list."""
+def rollout_backward(
+    grad_mel, grad_linear, states, weights, context, num_steps, save_every, life_mask, growth, precision
+):
+    """-> gradients of the initial mel, of the initial linear, of the weights and of the context, the last two lists."""
     grads = [grad_mel.contiguous(), grad_linear.contiguous()]
     weights = [weight.contiguous() for weight in weights]
+    tables = _by_place(context)
     grad_initial = [torch.empty_like(grad) for grad in grads]
     grad_weights = [torch.empty_like(weight) for weight in weights]
-    problem = _problem(grad_mel, grad_linear, num_steps, save_every, life_mask, precision)
+    grad_tables = [torch.empty_like(table) for table in tables]
+    problem = _problem(grad_mel, grad_linear, num_steps, save_every, life_mask, growth, precision)
     _C.rollout_backward(
         *problem,
         _addresses(weights),
+        _addresses(tables),
         states.data_ptr(),
         _addresses(grads),
         _addresses(grad_initial),
         _addresses(grad_weights),
+        _addresses(grad_tables),
     )
-    return *grad_initial, grad_weights
+    return *grad_initial, grad_weights, [table.transpose(1, 2).contiguous() for table in grad_tables]

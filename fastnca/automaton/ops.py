@@ -13,17 +13,29 @@ from torch.library import infer_schema
 
 from . import reference
 from .backends import BACKENDS, choose_backend
-from .rule import WEIGHT_NAMES, saved_steps, weight_shapes
+from .rule import CONTEXT_NAMES, HIDDEN1, WEIGHT_NAMES, saved_steps, weight_shapes
 
 
 def rollout(
-    mel, linear, weights, num_steps, *, life_mask=True, checkpoint_every=None, precision="fp32", backend="auto"
+    mel,
+    linear,
+    weights,
+    num_steps,
+    *,
+    context=None,
+    growth=False,
+    life_mask=True,
+    checkpoint_every=None,
+    precision="fp32",
+    backend="auto",
 ):
     """``num_steps`` steps of both grids -> final (mel, linear). Equivalent to::
 
-        tuple(reference.rollout(grid, weights, num_steps, life_mask) for grid in (mel, linear))
+        mel_rows, linear_rows, columns = context
+        reference.rollout(mel, weights, num_steps, life_mask, (mel_rows, columns), growth)
+        reference.rollout(linear, weights, num_steps, life_mask, (linear_rows, columns), growth)
 
-    and differentiable in both grids and all weights, once. Gradients that are finite or NaN are the reference's. Next
+    and differentiable in both grids, all weights and the context, once. Gradients that are finite or NaN are the reference's. Next
     to an infinite gradient PyTorch multiplies the stencils' zeros by infinity, which gives NaN; the CPU kernels leave
     these products out and may have an infinity there instead.
 
@@ -32,6 +44,9 @@ def rollout(
             any number of channels and any floating point type.
         weights: (w1, b1, w2, b2, w3, b3); for 16 channels the w's are [128, 64, 1, 1], [64, 128, 1, 1] and
             [16, 64, 1, 1].
+        context: None or (mel_rows [N or 1, 128, mel H], linear_rows [N or 1, 128, linear H], columns [N or 1, 128, W]):
+            what every cell is told at every step. Both grids then have the same W.
+        growth: a cell in whose neighborhood nothing lives does not change; needs the life mask.
         checkpoint_every: k keeps every k-th state for the backward pass, which replays the steps between. The
             gradient is the same.
         precision: of the matrix products, a name that the backend knows.
@@ -42,26 +57,38 @@ def rollout(
         cannot run, and why.
     """
     weights = tuple(weights)
-    _check(mel, linear, weights, num_steps, checkpoint_every)
+    context = None if context is None else tuple(context)
+    _check(mel, linear, weights, context, num_steps, checkpoint_every)
+    if growth and not life_mask:
+        raise ValueError("growth needs the life mask: without it nothing says what lives")
     backend = choose_backend(
         backend, device=mel.device, dtype=mel.dtype, num_channels=mel.shape[1], precision=precision
     )
     if backend == "reference":
+        mel_rows, linear_rows, columns = context or (None, None, None)
         return tuple(
-            _reference_rollout(grid, weights, num_steps, life_mask, checkpoint_every) for grid in (mel, linear)
+            _reference_rollout(
+                grid, num_steps, checkpoint_every, weights, life_mask, None if context is None else (rows, columns), growth
+            )
+            for grid, rows in ((mel, mel_rows), (linear, linear_rows))
         )
     if num_steps == 0:
         return mel.clone(), linear.clone()
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (mel, linear, *weights))
+    context = [table.expand(mel.shape[0], -1, -1) for table in context or ()]
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (mel, linear, *weights, *context))
     save_every = min(checkpoint_every or 1, num_steps) if differentiable else 0
-    final_mel, final_linear, _ = rollout_op(mel, linear, weights, num_steps, save_every, life_mask, precision, backend)
+    rule = life_mask, growth, precision, backend
+    final_mel, final_linear, _ = rollout_op(mel, linear, weights, context, num_steps, save_every, *rule)
     return final_mel, final_linear
 
 
-def _check(mel, linear, weights, num_steps, checkpoint_every):
+def _check(mel, linear, weights, context, num_steps, checkpoint_every):
     if len(weights) != len(WEIGHT_NAMES):
         raise ValueError(f"weights must be ({', '.join(WEIGHT_NAMES)}), got {len(weights)} tensors")
-    named = (("mel", mel), ("linear", linear), *zip(WEIGHT_NAMES, weights))
+    if context is not None and len(context) != len(CONTEXT_NAMES):
+        raise ValueError(f"context must be ({', '.join(CONTEXT_NAMES)}), got {len(context)} tensors")
+    tables = tuple(zip(CONTEXT_NAMES, context or ()))
+    named = (("mel", mel), ("linear", linear), *zip(WEIGHT_NAMES, weights), *tables)
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -76,6 +103,14 @@ def _check(mel, linear, weights, num_steps, checkpoint_every):
     for (name, weight), shape in zip(named[2:], weight_shapes(num_channels)):
         if weight.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+    if tables and mel.shape[3] != linear.shape[3]:
+        raise ValueError(
+            f"with context mel and linear must have the same width, got {mel.shape[3]} and {linear.shape[3]}"
+        )
+    for (name, table), length in zip(tables, (mel.shape[2], linear.shape[2], mel.shape[3])):
+        if table.dim() != 3 or table.shape[0] not in (1, mel.shape[0]) or table.shape[1:] != (HIDDEN1, length):
+            batch = f"{mel.shape[0]} or 1" if mel.shape[0] > 1 else "1"
+            raise ValueError(f"{name} must have shape [{batch}, {HIDDEN1}, {length}], got {list(table.shape)}")
     dtype, device = weights[0].dtype, weights[0].device
     for name, tensor in named:
         if tensor.dtype != dtype:
@@ -88,14 +123,14 @@ def _check(mel, linear, weights, num_steps, checkpoint_every):
         raise ValueError(f"checkpoint_every must be None or an integer of at least 1, got {checkpoint_every!r}")
 
 
-def _reference_rollout(grid, weights, num_steps, life_mask, checkpoint_every):
+def _reference_rollout(grid, num_steps, checkpoint_every, weights, *rule):
     if checkpoint_every is None or not torch.is_grad_enabled():
-        return reference.rollout(grid, weights, num_steps, life_mask)
+        return reference.rollout(grid, weights, num_steps, *rule)
     from torch.utils.checkpoint import checkpoint
 
     for done in range(0, num_steps, checkpoint_every):
         steps = min(checkpoint_every, num_steps - done)
-        grid = checkpoint(reference.rollout, grid, weights, steps, life_mask, use_reentrant=False)
+        grid = checkpoint(reference.rollout, grid, weights, steps, *rule, use_reentrant=False)
     return grid
 
 
@@ -121,22 +156,25 @@ def rollout_op(
     mel: Tensor,
     linear: Tensor,
     weights: Sequence[Tensor],
+    context: Sequence[Tensor],
     num_steps: int,
     save_every: int,
     life_mask: bool,
+    growth: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> final mel, final linear, saved states in the backend's own layout."""
+    """-> final mel, final linear, saved states in the backend's own layout. ``context`` is empty or three tables whose
+    batch is that of the grids."""
     states = _new_states(mel, linear, num_steps, save_every, life_mask, backend)
     saved = states if save_every else None
-    options = num_steps, max(save_every, 1), life_mask, precision
-    final_mel, final_linear = BACKENDS[backend].rollout(mel, linear, weights, *options, saved)
+    options = num_steps, max(save_every, 1), life_mask, growth, precision
+    final_mel, final_linear = BACKENDS[backend].rollout(mel, linear, weights, context, *options, saved)
     return final_mel, final_linear, states
 
 
 @torch.library.register_fake("fastnca::rollout")
-def _(mel, linear, weights, num_steps, save_every, life_mask, precision, backend):
+def _(mel, linear, weights, context, num_steps, save_every, life_mask, growth, precision, backend):
     final = [torch.empty_like(grid, memory_format=torch.contiguous_format) for grid in (mel, linear)]
     return *final, _new_states(mel, linear, num_steps, save_every, life_mask, backend)
 
@@ -147,44 +185,48 @@ def rollout_backward_op(
     grad_linear: Tensor,
     states: Tensor,
     weights: Sequence[Tensor],
+    context: Sequence[Tensor],
     num_steps: int,
     save_every: int,
     life_mask: bool,
+    growth: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, List[Tensor]]:  # noqa: UP006
-    """-> gradients of the initial mel, of the initial linear and of the weights."""
-    options = num_steps, save_every, life_mask, precision
-    return BACKENDS[backend].rollout_backward(grad_mel, grad_linear, states, weights, *options)
+) -> tuple[Tensor, Tensor, List[Tensor], List[Tensor]]:  # noqa: UP006
+    """-> gradients of the initial mel, of the initial linear, of the weights and of the context."""
+    options = num_steps, save_every, life_mask, growth, precision
+    return BACKENDS[backend].rollout_backward(grad_mel, grad_linear, states, weights, context, *options)
 
 
 @torch.library.register_fake("fastnca::rollout_backward")
-def _(grad_mel, grad_linear, states, weights, num_steps, save_every, life_mask, precision, backend):
-    mel, linear, *weights = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (grad_mel, grad_linear, *weights)
-    )
-    return mel, linear, weights
+def _(grad_mel, grad_linear, states, weights, context, *_):
+    def empty(tensors):
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+    return *empty((grad_mel, grad_linear)), empty(weights), empty(context)
 
 
 def _setup_context(ctx, inputs, output):
-    mel, linear, weights, num_steps, save_every, life_mask, precision, backend = inputs
+    mel, linear, weights, context, *ctx.arguments = inputs
     states = output[2]
     ctx.mark_non_differentiable(states)
     # A zero gradient for the states would be as large as they are.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(states, *weights)
+    ctx.save_for_backward(states, *weights, *context)
+    ctx.num_weights = len(weights)
     ctx.shapes = mel.shape, linear.shape
-    ctx.arguments = num_steps, save_every, life_mask, precision, backend
 
 
 def _backward(ctx, grad_mel, grad_linear, _):
-    states, *weights = ctx.saved_tensors
-    if ctx.arguments[1] == 0:
+    states, *tensors = ctx.saved_tensors
+    weights, context = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
+    save_every = ctx.arguments[1]
+    if save_every == 0:
         raise RuntimeError("this rollout saved no states (save_every=0): it cannot be differentiated")
     grads = [
         states.new_zeros(shape) if grad is None else grad for grad, shape in zip((grad_mel, grad_linear), ctx.shapes)
     ]
-    return *rollout_backward_op(*grads, states, weights, *ctx.arguments), None, None, None, None, None
+    return *rollout_backward_op(*grads, states, weights, context, *ctx.arguments), *(None for _ in ctx.arguments)
 
 
 torch.library.register_autograd("fastnca::rollout", _backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@ STENCILS = 4  # a cell perceives itself, its two Sobel gradients and its Laplaci
 HIDDEN1 = 128
 HIDDEN2 = 64
 WEIGHT_NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
+CONTEXT_NAMES = ("mel_rows", "linear_rows", "columns")
 
 
 def perception(num_channels=CHANNELS):
