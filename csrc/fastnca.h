@@ -21,6 +21,15 @@ struct Weights {
     const float *w1, *b1, *w2, *b2, *w3, *b3;
 };
 
+// What every cell is told at every step: a vector for its row, [n][y][128] for each grid, and one for its column,
+// [n][x][128], which both grids share. Null without context.
+struct Context {
+    const float* rows[2];
+    const float* columns;
+
+    explicit operator bool() const { return columns; }
+};
+
 // One accumulator of parameter gradients; the matrices are transposed, [in][out].
 struct WeightGradients {
     alignas(64) float w1[kPerception * kHidden1];
@@ -43,9 +52,12 @@ struct Grid {
 // backward pass, what they send gradients to.
 struct Tile {
     const Grid* grid;
+    int which;                // 0: mel, 1: linear
+    int64_t sample;
     int64_t cells_before;     // of a state: all cells before the first cell of this tile's sample
     int64_t tiles_before;     // all tiles before the first tile of this tile's sample
     int64_t extended_before;  // cells of the extended forms of all tiles before this one
+    int64_t places_before;    // rows and columns of all tiles before this one
     int64_t y0, x0;
     int height, width;
 };
@@ -55,6 +67,8 @@ inline int64_t extended_cells(const Tile& tile) { return int64_t(tile.height + 2
 // A step reads the state `from`; `masked` tells whether clamp and life mask apply to it (not to the initial state).
 struct StepTask {
     const float* packed;
+    Context context;
+    bool growth;  // cells in whose neighborhood nothing lives do not change
     const float* from;
     bool masked;
     float* to;
@@ -62,6 +76,8 @@ struct StepTask {
 
 struct BackwardTask {
     const float* packed;
+    Context context;
+    bool growth;
     const Tile* tiles;
     const float* from;  // the state that the step read, as in StepTask
     bool masked;
@@ -70,6 +86,7 @@ struct BackwardTask {
     // Gradients of the read states: each tile holds, in its extended form, what its own cells contributed.
     const float* gradient_to;
     float* gradient_from;
+    float* gradient_context;  // of each tile's rows and then of its columns, [place][128]; added to
 };
 
 // The part that depends on the operands of the matrix products. Sums, states and gradients are float32 in each.
@@ -109,6 +126,7 @@ struct Problem {
     int64_t num_steps;
     int64_t save_every;  // as in SavedStates
     bool life_mask;
+    bool growth;
     bool bf16;  // only where the active kernels have it
     int threads;
 };
@@ -127,9 +145,12 @@ struct SavedStates {
 
 // `states` holds the SavedStates, or is null: then rollout() saves nothing.
 // Both return false when memory runs out.
-bool rollout(const Problem&, const Weights&, const float* const initial[2], float* const final[2], float* states);
-bool rollout_backward(const Problem&, const Weights&, const float* states, const float* const gradient_final[2],
-                      float* const gradient_initial[2], float* const gradient_weights[6]);
+bool rollout(const Problem&, const Weights&, const Context&, const float* const initial[2], float* const final[2],
+             float* states);
+// `gradient_context`: of the tables of Context, rows[0], rows[1], columns.
+bool rollout_backward(const Problem&, const Weights&, const Context&, const float* states,
+                      const float* const gradient_final[2], float* const gradient_initial[2],
+                      float* const gradient_weights[6], float* const gradient_context[3]);
 double peak_flops(int threads, bool bf16);
 
 }  // namespace fastnca

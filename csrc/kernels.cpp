@@ -47,6 +47,7 @@ struct Scratch {
     float* hidden1;        // [kMaxBlock][128]
     float* hidden2;        // [kMaxBlock][64]
     float* update;         // [kMaxBlock][16]
+    float* grown;          // [kMaxBlock][16]: delta of living cells, zero of dead ones
     float* inputs_by_cells;  // [kMaxBlock][128] of bf16, as is the next
     float* deltas_by_cells;
     size_t size;
@@ -65,6 +66,7 @@ struct Scratch {
         hidden1 = take(base, kMaxBlock * kHidden1);
         hidden2 = take(base, kMaxBlock * kHidden2);
         update = take(base, kMaxBlock * kChannels);
+        grown = take(base, kMaxBlock * kChannels);
         inputs_by_cells = take(base, kMaxBlock * kHidden1 / 2);
         deltas_by_cells = take(base, kMaxBlock * kHidden1 / 2);
     }
@@ -122,10 +124,10 @@ void pool_alpha(const Tile& tile, const Scratch& scratch) {
     }
 }
 
-// The state as the step sees it, extended by one cell on every side.
-void read_state(const float* state, bool masked, const Tile& tile, const Scratch& scratch) {
+// The state as the step sees it, extended by one cell on every side; and the life of its cells if the step needs it.
+void read_state(const float* state, bool masked, bool growth, const Tile& tile, const Scratch& scratch) {
     const Grid& grid = *tile.grid;
-    if (masked) {
+    if (masked || growth) {
         read_alpha(state, tile, scratch);
         pool_alpha<false>(tile, scratch);
     }
@@ -175,7 +177,7 @@ void write_planar(const float* cells, const Tile& tile, float* planar) {
 
 void read(const float* state, bool masked, const Tile& tile, float* planar, float* memory) {
     const Scratch scratch(tile.height, tile.width, memory);
-    read_state(state, masked, tile, scratch);
+    read_state(state, masked, false, tile, scratch);
     write_planar(scratch.state, tile, planar);
 }
 
@@ -269,21 +271,71 @@ struct Block {
           hidden2(reinterpret_cast<Element*>(scratch.hidden2)) {}
 };
 
+// The context of the cells of a block, and of those beyond its end, which products compute too.
+struct BlockContext {
+    const float *rows[kMaxBlock], *columns[kMaxBlock];
+
+    BlockContext(const Context& context, const Tile& tile, int begin, int cells) {
+        const Grid& grid = *tile.grid;
+        const float* row = context.rows[tile.which] + (tile.sample * grid.height + tile.y0) * kHidden1;
+        const float* column = context.columns + (tile.sample * grid.width + tile.x0) * kHidden1;
+        for (int cell = cells; cell < kMaxBlock; cell++) rows[cell] = row, columns[cell] = column;
+        for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
+            for (int i = 0; i < length; i++) {
+                rows[done + i] = row + y * kHidden1;
+                columns[done + i] = column + (x + i) * kHidden1;
+            }
+        });
+    }
+};
+
 // From the extended state in the scratch memory to the last hidden layer.
 template <class Operand>
-void hidden_layers(const Packed<Operand>& packed, const Tile& tile, int begin, int cells, const Scratch& scratch) {
+void hidden_layers(const Packed<Operand>& packed, const Context& context, const Tile& tile, int begin, int cells,
+                   const Scratch& scratch) {
     const Block<Operand> block(scratch);
     const int row_floats = (tile.width + 2) * kChannels;
     for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
         perceive<Operand>(scratch.state + (y + 1) * row_floats + (x + 1) * kChannels, row_floats, length,
                           block.perception + done * kPerception);
     });
-    Matrix<Operand, kPerception, kHidden1>::product(
-        block.perception, packed.w1, packed.b1, cells,
-        [=](int cell, int o, Vec sums) { Operand::store(block.hidden1 + cell * kHidden1 + o, relu(sums)); });
+    if (context) {
+        const BlockContext places(context, tile, begin, cells);
+        Matrix<Operand, kPerception, kHidden1>::product(
+            block.perception, packed.w1, packed.b1, cells, [=, &places](int cell, int o, Vec sums) {
+                sums += load(places.rows[cell] + o) + load(places.columns[cell] + o);
+                Operand::store(block.hidden1 + cell * kHidden1 + o, relu(sums));
+            });
+    } else {
+        Matrix<Operand, kPerception, kHidden1>::product(
+            block.perception, packed.w1, packed.b1, cells,
+            [=](int cell, int o, Vec sums) { Operand::store(block.hidden1 + cell * kHidden1 + o, relu(sums)); });
+    }
     Matrix<Operand, kHidden1, kHidden2>::product(
         block.hidden1, packed.w2, packed.b2, cells,
         [=](int cell, int o, Vec sums) { Operand::store(block.hidden2 + cell * kHidden2 + o, relu(sums)); });
+}
+
+// The life around each cell of a run, whose first one is at (y, x) of the tile.
+FASTNCA_INLINE const float* run_life(const Scratch& scratch, int y, int x) {
+    return scratch.life + (y + 1) * scratch.stride + x + 1;
+}
+
+bool anything_lives(const Tile& tile, int begin, int cells, const Scratch& scratch) {
+    bool lives = false;
+    for_runs(tile, begin, cells, [&](int, int y, int x, int length) {
+        for (int i = 0; i < length; i++) lives |= run_life(scratch, y, x)[i] > 0.0f;
+    });
+    return lives;
+}
+
+// Sets what belongs to a block's dead cells, [cell][16], to zero.
+void erase_dead(float* values, const Tile& tile, int begin, int cells, const Scratch& scratch) {
+    for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
+        for (int i = 0; i < length; i++)
+            if (!(run_life(scratch, y, x)[i] > 0.0f))
+                std::memset(values + (done + i) * kChannels, 0, kChannels * sizeof(float));
+    });
 }
 
 template <class Operand>
@@ -293,15 +345,18 @@ void step(const StepTask& task, const Tile& tile, float* memory) {
     const Block<Operand> block(scratch);
     const Grid& grid = *tile.grid;
     const int row_floats = (tile.width + 2) * kChannels;
-    read_state(task.from, task.masked, tile, scratch);
+    read_state(task.from, task.masked, task.growth, tile, scratch);
     const int total = tile.height * tile.width;
     for (int begin = 0; begin < total; begin += Operand::block) {
         const int cells = min(Operand::block, total - begin);
-        hidden_layers(packed, tile, begin, cells, scratch);
         float* update = scratch.update;
-        Matrix<Operand, kHidden2, kChannels>::product(
-            block.hidden2, packed.w3, packed.b3, cells,
-            [=](int cell, int o, Vec sums) { store(update + cell * kChannels + o, sums); });
+        if (!task.growth || anything_lives(tile, begin, cells, scratch)) {
+            hidden_layers(packed, task.context, tile, begin, cells, scratch);
+            Matrix<Operand, kHidden2, kChannels>::product(
+                block.hidden2, packed.w3, packed.b3, cells,
+                [=](int cell, int o, Vec sums) { store(update + cell * kChannels + o, sums); });
+        }
+        if (task.growth) erase_dead(update, tile, begin, cells, scratch);
         for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
             const float* state = scratch.state + (y + 1) * row_floats + (x + 1) * kChannels;
             const float* change = update + done * kChannels;
@@ -404,9 +459,84 @@ void copy_gradient(const Tile& tile, const Scratch& scratch) {
                     tile.width * kChannels * sizeof(float));
 }
 
+// Adds the gradients of a block's first hidden layer, before relu, to those of its cells' rows and columns.
+template <class Operand>
+void accumulate_context(const typename Operand::Element* deltas, const Tile& tile, int begin, int cells,
+                        float* gradient) {
+    constexpr int vectors = kRegisters / 4;
+    constexpr int columns = vectors * kLanes;
+    for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
+        for (int o = 0; o < kHidden1; o += columns) {
+            const auto* delta = deltas + done * kHidden1 + o;
+            float* row = gradient + y * kHidden1 + o;
+            float* column = gradient + (tile.height + x) * kHidden1 + o;
+            Vec sums[vectors] = {};
+            for (int i = 0; i < length; i++, delta += kHidden1, column += kHidden1)
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++) {
+                    const Vec values = Operand::floats(delta + v * kLanes);
+                    sums[v] += values;
+                    store(column + v * kLanes, load(column + v * kLanes) + values);
+                }
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) store(row + v * kLanes, load(row + v * kLanes) + sums[v]);
+        }
+    });
+}
+
+// From the gradient of a block's update to that of its perception, in the scratch memory, and of all parameters.
+template <class Operand>
+void network_backward(const BackwardTask& task, const Tile& tile, int begin, int cells, float* delta_floats,
+                      WeightGradients& gradients, const Scratch& scratch) {
+    const Packed<Operand>& packed = unpack<Operand>(task.packed);
+    const Block<Operand> block(scratch);
+    hidden_layers(packed, task.context, tile, begin, cells, scratch);
+    // Sums over cells may reach further: those cells must add nothing, whatever their memory held.
+    const int whole_sums = round_up(cells, Operand::cells_per_sum);
+    for (int cell = cells; cell < whole_sums; cell++) {
+        std::memset(delta_floats + cell * kChannels, 0, kChannels * sizeof(float));
+        std::memset(block.perception + cell * kPerception, 0, kPerception * sizeof(block.perception[0]));
+        std::memset(block.hidden1 + cell * kHidden1, 0, kHidden1 * sizeof(block.hidden1[0]));
+        std::memset(block.hidden2 + cell * kHidden2, 0, kHidden2 * sizeof(block.hidden2[0]));
+    }
+
+    // Each layer's gradient takes the place of its output once that has been used.
+    const auto* delta = Operand::convert(delta_floats, whole_sums * kChannels, scratch.update);
+    const auto* inputs = Operand::template inputs_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.inputs_by_cells);
+    const auto* deltas = Operand::template deltas_by_cells<kChannels>(delta, whole_sums, scratch.deltas_by_cells);
+    Matrix<Operand, kHidden2, kChannels>::accumulate(inputs, deltas, cells, gradients.w3);
+    accumulate_bias<Operand, kChannels>(deltas, cells, gradients.b3);
+    Matrix<Operand, kChannels, kHidden2>::product(
+        delta, packed.w3_back, nullptr, cells, [=](int cell, int i, Vec sums) {
+            auto* hidden = block.hidden2 + cell * kHidden2 + i;
+            Operand::store(hidden, Operand::gate(hidden, sums));
+        });
+
+    inputs = Operand::template inputs_by_cells<kHidden1>(block.hidden1, whole_sums, scratch.inputs_by_cells);
+    deltas = Operand::template deltas_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.deltas_by_cells);
+    Matrix<Operand, kHidden1, kHidden2>::accumulate(inputs, deltas, cells, gradients.w2);
+    accumulate_bias<Operand, kHidden2>(deltas, cells, gradients.b2);
+    Matrix<Operand, kHidden2, kHidden1>::product(
+        block.hidden2, packed.w2_back, nullptr, cells, [=](int cell, int i, Vec sums) {
+            auto* hidden = block.hidden1 + cell * kHidden1 + i;
+            Operand::store(hidden, Operand::gate(hidden, sums));
+        });
+    if (task.context)
+        accumulate_context<Operand>(block.hidden1, tile, begin, cells,
+                                    task.gradient_context + tile.places_before * kHidden1);
+
+    inputs = Operand::template inputs_by_cells<kPerception>(block.perception, whole_sums, scratch.inputs_by_cells);
+    deltas = Operand::template deltas_by_cells<kHidden1>(block.hidden1, whole_sums, scratch.deltas_by_cells);
+    Matrix<Operand, kPerception, kHidden1>::accumulate(inputs, deltas, cells, gradients.w1);
+    accumulate_bias<Operand, kHidden1>(deltas, cells, gradients.b1);
+    float* perception = scratch.perception;
+    Matrix<Operand, kHidden1, kPerception>::product(
+        block.hidden1, packed.w1_back, nullptr, cells,
+        [=](int cell, int i, Vec sums) { store(perception + cell * kPerception + i, sums); });
+}
+
 template <class Operand>
 void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradients, float* memory) {
-    const Packed<Operand>& packed = unpack<Operand>(task.packed);
     const Scratch scratch(tile.height, tile.width, memory);
     const int row_floats = (tile.width + 2) * kChannels;
     gather_gradient(task.gradient_to, task.tiles, tile, scratch);
@@ -414,59 +544,26 @@ void backward(const BackwardTask& task, const Tile& tile, WeightGradients& gradi
         unmask_gradient(task.to, tile, scratch);
     else
         copy_gradient(tile, scratch);
-    read_state(task.from, task.masked, tile, scratch);
+    read_state(task.from, task.masked, task.growth, tile, scratch);
     float* out = task.gradient_from + tile.extended_before * kChannels;
     std::memset(out, 0, extended_cells(tile) * kChannels * sizeof(float));
 
-    const Block<Operand> block(scratch);
     const int total = tile.height * tile.width;
     for (int begin = 0; begin < total; begin += Operand::block) {
         const int cells = min(Operand::block, total - begin);
-        float* delta_floats = scratch.delta + begin * kChannels;
-        hidden_layers(packed, tile, begin, cells, scratch);
-        // Sums over cells may reach further: those cells must add nothing, whatever their memory held.
-        const int whole_sums = round_up(cells, Operand::cells_per_sum);
-        for (int cell = cells; cell < whole_sums; cell++) {
-            std::memset(delta_floats + cell * kChannels, 0, kChannels * sizeof(float));
-            std::memset(block.perception + cell * kPerception, 0, kPerception * sizeof(block.perception[0]));
-            std::memset(block.hidden1 + cell * kHidden1, 0, kHidden1 * sizeof(block.hidden1[0]));
-            std::memset(block.hidden2 + cell * kHidden2, 0, kHidden2 * sizeof(block.hidden2[0]));
+        float* delta = scratch.delta + begin * kChannels;  // what reaches u, and from there the state directly
+        float* update_delta = delta;
+        if (task.growth) {
+            update_delta = scratch.grown;
+            std::memcpy(update_delta, delta, cells * kChannels * sizeof(float));
+            erase_dead(update_delta, tile, begin, cells, scratch);
         }
-
-        // Each layer's gradient takes the place of its output once that has been used.
-        const auto* delta = Operand::convert(delta_floats, whole_sums * kChannels, scratch.update);
-        const auto* inputs =
-            Operand::template inputs_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.inputs_by_cells);
-        const auto* deltas = Operand::template deltas_by_cells<kChannels>(delta, whole_sums, scratch.deltas_by_cells);
-        Matrix<Operand, kHidden2, kChannels>::accumulate(inputs, deltas, cells, gradients.w3);
-        accumulate_bias<Operand, kChannels>(deltas, cells, gradients.b3);
-        Matrix<Operand, kChannels, kHidden2>::product(
-            delta, packed.w3_back, nullptr, cells, [=](int cell, int i, Vec sums) {
-                auto* hidden = block.hidden2 + cell * kHidden2 + i;
-                Operand::store(hidden, Operand::gate(hidden, sums));
-            });
-
-        inputs = Operand::template inputs_by_cells<kHidden1>(block.hidden1, whole_sums, scratch.inputs_by_cells);
-        deltas = Operand::template deltas_by_cells<kHidden2>(block.hidden2, whole_sums, scratch.deltas_by_cells);
-        Matrix<Operand, kHidden1, kHidden2>::accumulate(inputs, deltas, cells, gradients.w2);
-        accumulate_bias<Operand, kHidden2>(deltas, cells, gradients.b2);
-        Matrix<Operand, kHidden2, kHidden1>::product(
-            block.hidden2, packed.w2_back, nullptr, cells, [=](int cell, int i, Vec sums) {
-                auto* hidden = block.hidden1 + cell * kHidden1 + i;
-                Operand::store(hidden, Operand::gate(hidden, sums));
-            });
-
-        inputs = Operand::template inputs_by_cells<kPerception>(block.perception, whole_sums, scratch.inputs_by_cells);
-        deltas = Operand::template deltas_by_cells<kHidden1>(block.hidden1, whole_sums, scratch.deltas_by_cells);
-        Matrix<Operand, kPerception, kHidden1>::accumulate(inputs, deltas, cells, gradients.w1);
-        accumulate_bias<Operand, kHidden1>(deltas, cells, gradients.b1);
-        float* perception = scratch.perception;
-        Matrix<Operand, kHidden1, kPerception>::product(
-            block.hidden1, packed.w1_back, nullptr, cells,
-            [=](int cell, int i, Vec sums) { store(perception + cell * kPerception + i, sums); });
-
+        if (!task.growth || anything_lives(tile, begin, cells, scratch))
+            network_backward<Operand>(task, tile, begin, cells, update_delta, gradients, scratch);
+        else
+            std::memset(scratch.perception, 0, cells * kPerception * sizeof(float));
         for_runs(tile, begin, cells, [&](int done, int y, int x, int length) {
-            perceive_back(perception + done * kPerception, delta_floats + done * kChannels, length,
+            perceive_back(scratch.perception + done * kPerception, delta + done * kChannels, length,
                           out + (y + 1) * row_floats + (x + 1) * kChannels, row_floats);
         });
     }

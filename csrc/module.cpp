@@ -13,34 +13,36 @@ namespace {
 
 using namespace fastnca;
 
-// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, bf16, threads
-#define PROBLEM_FORMAT "(nnnnn)nnppi"
+// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, growth, bf16, threads
+#define PROBLEM_FORMAT "(nnnnn)nnpppi"
 #define PROBLEM_TARGETS(p)                                                                                   \
     &p.batch, &p.height[0], &p.width[0], &p.height[1], &p.width[1], &p.num_steps, &p.save_every, &p.life_mask, \
-        &p.bf16, &p.threads
+        &p.growth, &p.bf16, &p.threads
 
 struct ParsedProblem {
     Py_ssize_t batch, height[2], width[2], num_steps, save_every;
-    int life_mask, bf16, threads;
+    int life_mask, growth, bf16, threads;
 
     Problem problem() const {
-        return {batch,     {height[0], height[1]}, {width[0], width[1]}, num_steps,
-                save_every, life_mask != 0,         bf16 != 0,            threads};
+        return {batch,          {height[0], height[1]}, {width[0], width[1]}, num_steps, save_every,
+                life_mask != 0, growth != 0,            bf16 != 0,            threads};
     }
 };
 
 float* address(unsigned long long value) { return reinterpret_cast<float*>(static_cast<uintptr_t>(value)); }
 
-// An argument that is a tuple of `count` addresses; parse() is for the format "O&" of PyArg_ParseTuple.
-template <int count>
+// An argument that is a tuple of `count` addresses or, where it is optional, an empty one, which leaves them null;
+// parse() is for the format "O&" of PyArg_ParseTuple.
+template <int count, bool optional = false>
 struct Addresses {
-    float* at[count];
+    float* at[count] = {};
 
     static int parse(PyObject* argument, void* addresses) {
         if (!PyTuple_Check(argument)) {
             PyErr_Format(PyExc_TypeError, "expected a tuple of %d addresses, not %R", count, Py_TYPE(argument));
             return false;
         }
+        if (optional && PyTuple_Size(argument) == 0) return true;
         if (PyTuple_Size(argument) != count) {
             PyErr_Format(PyExc_ValueError, "expected %d addresses, got %zd", count, PyTuple_Size(argument));
             return false;
@@ -59,6 +61,11 @@ using Parameters = Addresses<6>;
 
 Weights weights_at(const Parameters& p) { return {p.at[0], p.at[1], p.at[2], p.at[3], p.at[4], p.at[5]}; }
 
+// In the order mel rows, linear rows, columns.
+using Tables = Addresses<3, true>;
+
+Context context_at(const Tables& t) { return {{t.at[0], t.at[1]}, t.at[2]}; }
+
 bool can_multiply(int bf16) {
     if (!bf16 || active_kernels().bf16) return true;
     PyErr_Format(PyExc_ValueError, "the kernels '%s' have no bf16 products", active_kernels().name);
@@ -73,15 +80,17 @@ PyObject* finished(bool success) {
 PyObject* py_rollout(PyObject*, PyObject* args) {
     ParsedProblem parsed;
     Parameters weights;
+    Tables context;
     Addresses<2> initial, final;
     unsigned long long states;
-    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "O&O&O&K", PROBLEM_TARGETS(parsed), weights.parse, &weights,
-                          initial.parse, &initial, final.parse, &final, &states))
+    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "O&O&O&O&K", PROBLEM_TARGETS(parsed), weights.parse, &weights,
+                          context.parse, &context, initial.parse, &initial, final.parse, &final, &states))
         return nullptr;
     if (!can_multiply(parsed.bf16)) return nullptr;
     bool success;
     Py_BEGIN_ALLOW_THREADS
-    success = rollout(parsed.problem(), weights_at(weights), initial.at, final.at, address(states));
+    success = rollout(parsed.problem(), weights_at(weights), context_at(context), initial.at, final.at,
+                      address(states));
     Py_END_ALLOW_THREADS
     return finished(success);
 }
@@ -89,17 +98,19 @@ PyObject* py_rollout(PyObject*, PyObject* args) {
 PyObject* py_rollout_backward(PyObject*, PyObject* args) {
     ParsedProblem parsed;
     Parameters weights, gradient_weights;
+    Tables context, gradient_context;
     Addresses<2> gradient_final, gradient_initial;
     unsigned long long states;
-    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "O&KO&O&O&", PROBLEM_TARGETS(parsed), weights.parse, &weights, &states,
-                          gradient_final.parse, &gradient_final, gradient_initial.parse, &gradient_initial,
-                          gradient_weights.parse, &gradient_weights))
+    if (!PyArg_ParseTuple(args, PROBLEM_FORMAT "O&O&KO&O&O&O&", PROBLEM_TARGETS(parsed), weights.parse, &weights,
+                          context.parse, &context, &states, gradient_final.parse, &gradient_final,
+                          gradient_initial.parse, &gradient_initial, gradient_weights.parse, &gradient_weights,
+                          gradient_context.parse, &gradient_context))
         return nullptr;
     if (!can_multiply(parsed.bf16)) return nullptr;
     bool success;
     Py_BEGIN_ALLOW_THREADS
-    success = rollout_backward(parsed.problem(), weights_at(weights), address(states), gradient_final.at,
-                               gradient_initial.at, gradient_weights.at);
+    success = rollout_backward(parsed.problem(), weights_at(weights), context_at(context), address(states),
+                               gradient_final.at, gradient_initial.at, gradient_weights.at, gradient_context.at);
     Py_END_ALLOW_THREADS
     return finished(success);
 }
@@ -152,9 +163,10 @@ PyObject* py_peak_flops(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"rollout", py_rollout, METH_VARARGS, "problem, weights, initial grids, final grids, states or 0"},
+    {"rollout", py_rollout, METH_VARARGS, "problem, weights, context or (), initial grids, final grids, states or 0"},
     {"rollout_backward", py_rollout_backward, METH_VARARGS,
-     "problem, weights, states, gradients of the final grids, of the initial grids, of the weights"},
+     "problem, weights, context or (), states, gradients of the final grids, of the initial grids, of the weights, of "
+     "the context"},
     {"capability", capability, METH_NOARGS, "name of the instruction set in use"},
     {"capabilities", capabilities, METH_NOARGS, "names of the instruction sets that this processor can run, best last"},
     {"set_capability", set_capability, METH_VARARGS, "use the named instruction set; '' for the best"},

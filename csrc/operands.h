@@ -25,6 +25,7 @@ struct Fp32 {
     static FASTNCA_INLINE Words ones() { return broadcast(1.0f); }
     static FASTNCA_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return sum + a * b; }
     static FASTNCA_INLINE void store(Element* p, Vec values) { FASTNCA_ISA::store(p, values); }
+    static FASTNCA_INLINE Vec floats(const Element* p) { return load(p); }
     // The gradient of relu: it passes where relu's output is not zero.
     static FASTNCA_INLINE Vec gate(const Element* relu, Vec gradient) {
         return load(relu) <= 0.0f ? Vec{} : gradient;
@@ -53,6 +54,8 @@ struct Bf16 {
     typedef int32_t WordMemory __attribute__((aligned(2), may_alias));
     typedef int64_t HalfVec __attribute__((vector_size(32)));
     typedef int64_t HalfVecMemory __attribute__((vector_size(32), aligned(2), may_alias));
+    typedef uint32_t WideVec __attribute__((vector_size(64)));
+    typedef uint16_t ElementsMemory __attribute__((vector_size(32), aligned(2), may_alias));
 
     static Element convert(float x) {
         HalfVec rounded = (HalfVec)_mm512_cvtneps_pbh((__m512)broadcast(x));
@@ -69,6 +72,9 @@ struct Bf16 {
     static FASTNCA_INLINE void store(Element* p, Vec values) {
         *reinterpret_cast<HalfVecMemory*>(p) = (HalfVec)_mm512_cvtneps_pbh((__m512)values);
     }
+    static FASTNCA_INLINE Vec floats(const Element* p) {
+        return (Vec)(__builtin_convertvector(*reinterpret_cast<const ElementsMemory*>(p), WideVec) << 16);
+    }
     static FASTNCA_INLINE Vec gate(const Element* relu, Vec gradient) {
         const __m256i outputs = (__m256i)*reinterpret_cast<const HalfVecMemory*>(relu);
         return (Vec)_mm512_maskz_mov_ps(_mm256_test_epi16_mask(outputs, _mm256_set1_epi16(0x7fff)), (__m512)gradient);
@@ -81,8 +87,6 @@ struct Bf16 {
     // The words of two neighboring cells, from [cell][column].
     template <int kColumns>
     static FASTNCA_INLINE Words pair(const Element* cell) {
-        typedef uint32_t WideVec __attribute__((vector_size(64)));
-        typedef uint16_t ElementsMemory __attribute__((vector_size(32), aligned(2), may_alias));
         const auto widen = [](const Element* p) {
             return __builtin_convertvector(*reinterpret_cast<const ElementsMemory*>(p), WideVec);
         };

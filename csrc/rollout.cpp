@@ -67,32 +67,34 @@ Grid cut(int64_t height, int64_t width) {
 
 struct Plan {
     Grid grids[2];
-    std::vector<Tile> tiles;
-    std::vector<int> grid_of;       // per tile
-    std::vector<int64_t> sample_of; // per tile
-    int64_t cells = 0, extended = 0;
+    std::vector<Tile> tiles;  // grid after grid, in each sample after sample, and in each row after row
+    int64_t first_tile[2];
+    int64_t cells = 0, extended = 0, places = 0;
 
     explicit Plan(const Problem& problem) {
         for (int g = 0; g < 2; g++) {
             Grid& grid = grids[g];
             grid = cut(problem.height[g], problem.width[g]);
+            first_tile[g] = num_tiles();
             for (int64_t n = 0; n < problem.batch; n++) {
                 const int64_t tiles_before = int64_t(tiles.size());
                 for (int64_t y = 0; y < grid.height; y += grid.tile_height)
                     for (int64_t x = 0; x < grid.width; x += grid.tile_width) {
                         Tile tile;
                         tile.grid = &grid;
+                        tile.which = g;
+                        tile.sample = n;
                         tile.cells_before = cells;
                         tile.tiles_before = tiles_before;
                         tile.extended_before = extended;
+                        tile.places_before = places;
                         tile.y0 = y;
                         tile.x0 = x;
                         tile.height = int(std::min(grid.tile_height, grid.height - y));
                         tile.width = int(std::min(grid.tile_width, grid.width - x));
                         extended += extended_cells(tile);
+                        places += tile.height + tile.width;
                         tiles.push_back(tile);
-                        grid_of.push_back(g);
-                        sample_of.push_back(n);
                     }
                 cells += grid.height * grid.width;
             }
@@ -111,8 +113,12 @@ struct Plan {
 
     template <class Pointer>
     Pointer planar(Pointer const (&grids_of_call)[2], int64_t i) const {
-        const Grid& grid = *tiles[i].grid;
-        return grids_of_call[grid_of[i]] + sample_of[i] * kChannels * grid.height * grid.width;
+        const Tile& tile = tiles[i];
+        return grids_of_call[tile.which] + tile.sample * kChannels * tile.grid->height * tile.grid->width;
+    }
+
+    const Tile& tile(int g, int64_t n, int64_t down, int64_t across) const {
+        return tiles[first_tile[g] + (n * grids[g].tiles_down + down) * grids[g].tiles_across + across];
     }
 
     int64_t scratch_floats(const Kernels& kernels) const {
@@ -158,6 +164,49 @@ void sum_groups(WeightGradients* groups, int64_t count, int64_t begin, int64_t e
     }
 }
 
+// Adds up the tiles' gradients of one place, a row of one grid or a column of both, in a fixed order.
+class PlaceSum {
+public:
+    void add(const float* gradient) {
+        for (int o = 0; o < kHidden1; o++) sums_[o] += gradient[o];
+    }
+    void write(float* out) const {
+        for (int o = 0; o < kHidden1; o++) out[o] = float(sums_[o]);
+    }
+
+private:
+    double sums_[kHidden1] = {};
+};
+
+// From the tiles' gradients of their rows and columns to those of the tables, of sample n.
+void sum_places(const Plan& plan, const float* gradients, int64_t n, float* const (&tables)[3]) {
+    const auto of_tile = [&](int g, int64_t down, int64_t across, int64_t place) {
+        return gradients + (plan.tile(g, n, down, across).places_before + place) * kHidden1;
+    };
+    for (int g = 0; g < 2; g++) {
+        const Grid& grid = plan.grids[g];
+        for (int64_t y = 0; y < grid.height; y++) {
+            PlaceSum sum;
+            for (int64_t across = 0; across < grid.tiles_across; across++)
+                sum.add(of_tile(g, y / grid.tile_height, across, y % grid.tile_height));
+            sum.write(tables[g] + (n * grid.height + y) * kHidden1);
+        }
+    }
+    const int64_t width = plan.grids[0].width;
+    for (int64_t x = 0; x < width; x++) {
+        PlaceSum sum;
+        for (int g = 0; g < 2; g++) {
+            const Grid& grid = plan.grids[g];
+            for (int64_t down = 0; down < grid.tiles_down; down++) {
+                const int64_t across = x / grid.tile_width;
+                const int height = plan.tile(g, n, down, across).height;
+                sum.add(of_tile(g, down, across, height + x % grid.tile_width));
+            }
+        }
+        sum.write(tables[2] + (n * width + x) * kHidden1);
+    }
+}
+
 void transpose(const float* in, int rows, int columns, float* out) {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) out[c * rows + r] = in[r * columns + c];
@@ -165,8 +214,8 @@ void transpose(const float* in, int rows, int columns, float* out) {
 
 }  // namespace
 
-bool rollout(const Problem& problem, const Weights& weights, const float* const initial[2], float* const final[2],
-             float* states) try {
+bool rollout(const Problem& problem, const Weights& weights, const Context& context, const float* const initial[2],
+             float* const final[2], float* states) try {
     const Kernels& kernels = active_kernels();
     const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
@@ -192,7 +241,7 @@ bool rollout(const Problem& problem, const Weights& weights, const float* const 
         float* memory = scratch.get() + member.rank() * scratch_floats;
         member.for_each(plan.num_tiles(), [&](int64_t i) { load_planar(plan, i, inputs, state(0)); });
         for (int64_t s = 0; s < problem.num_steps; s++) {
-            const StepTask task{packed.get(), state(s), masked(s), state(s + 1)};
+            const StepTask task{packed.get(), context, problem.growth, state(s), masked(s), state(s + 1)};
             member.for_each(plan.num_tiles(), [&](int64_t i) { network.step(task, plan.tiles[i], memory); });
         }
         const int64_t last = problem.num_steps;
@@ -205,9 +254,9 @@ bool rollout(const Problem& problem, const Weights& weights, const float* const 
     return false;
 }
 
-bool rollout_backward(const Problem& problem, const Weights& weights, const float* states,
+bool rollout_backward(const Problem& problem, const Weights& weights, const Context& context, const float* states,
                       const float* const gradient_final[2], float* const gradient_initial[2],
-                      float* const gradient_weights[6]) try {
+                      float* const gradient_weights[6], float* const gradient_context[3]) try {
     const Kernels& kernels = active_kernels();
     const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
@@ -220,6 +269,8 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
     const Buffer replayed = allocate((std::min(saved.every, saved.num_steps) - 1) * plan.state_floats());
     const Buffer gradients = allocate(2 * plan.extended * kChannels);
     const Buffer group_gradients = allocate(num_groups * kGradientFloats);
+    const Buffer places = allocate(context ? plan.places * kHidden1 : 0);
+    float* const tables[3] = {gradient_context[0], gradient_context[1], gradient_context[2]};
     WeightGradients* groups = reinterpret_cast<WeightGradients*>(group_gradients.get());
     network.pack(weights, packed.get());
 
@@ -233,6 +284,10 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
         member.for_each(num_groups, [&](int64_t g) { std::memset(groups + g, 0, sizeof(WeightGradients)); });
         member.for_each(plan.num_tiles(), [&](int64_t i) {
             load_planar_gradient(plan, i, inputs, gradient(problem.num_steps));
+            const Tile& tile = plan.tiles[i];
+            if (context)
+                std::memset(places.get() + tile.places_before * kHidden1, 0,
+                            size_t(tile.height + tile.width) * kHidden1 * sizeof(float));
         });
         // From each saved state to the one before it: the states between them are computed again.
         for (int64_t end = problem.num_steps, begin; end > 0; end = begin) {
@@ -242,12 +297,14 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
                                        : replayed.get() + (step - begin - 1) * plan.state_floats();
             };
             for (int64_t s = begin; s + 1 < end; s++) {
-                const StepTask task{packed.get(), state(s), masked(s), const_cast<float*>(state(s + 1))};
+                const StepTask task{packed.get(), context,   problem.growth,
+                                    state(s),     masked(s), const_cast<float*>(state(s + 1))};
                 member.for_each(plan.num_tiles(), [&](int64_t i) { network.step(task, plan.tiles[i], memory); });
             }
             for (int64_t s = end - 1; s >= begin; s--) {
-                const BackwardTask task{packed.get(), plan.tiles.data(), state(s), masked(s), state(s + 1),
-                                        masked(s + 1), gradient(s + 1), gradient(s)};
+                const BackwardTask task{packed.get(),   context,  problem.growth,  plan.tiles.data(),
+                                        state(s),       masked(s), state(s + 1),    masked(s + 1),
+                                        gradient(s + 1), gradient(s), places.get()};
                 member.for_each(num_groups, [&](int64_t g) {
                     const int64_t last = plan.num_tiles() * (g + 1) / num_groups;
                     for (int64_t i = plan.num_tiles() * g / num_groups; i < last; i++)
@@ -262,6 +319,8 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const floa
         member.for_each(divide_up(kGradientFloats, chunk), [&](int64_t i) {
             sum_groups(groups, num_groups, i * chunk, std::min((i + 1) * chunk, kGradientFloats));
         });
+        if (context)
+            member.for_each(problem.batch, [&](int64_t n) { sum_places(plan, places.get(), n, tables); });
     });
     transpose(groups->w1, kPerception, kHidden1, gradient_weights[0]);
     std::memcpy(gradient_weights[1], groups->b1, sizeof(groups->b1));
