@@ -169,7 +169,7 @@ def grow(
     out: Out = None,
     epochs: Epochs = None,
     minutes: Minutes = None,
-    recipe: Annotated[str | None, typer.Option(help="Learn by this recipe: default, regenerate or notebook.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Learn by this recipe: default or notebook.")] = None,
     duration: Annotated[
         float | None, typer.Option(help="Use this many seconds of the recording; 3 by default.")
     ] = None,
@@ -177,8 +177,12 @@ def grow(
     bigvgan: BigVGAN = None,
     backend: Backend = None,
     precision: Precision = None,
-    checkpoint_every_epochs: Annotated[int, typer.Option(help="Save a checkpoint every so many epochs.")] = 10,
+    checkpoint_every_epochs: Annotated[int, typer.Option(help="Save a checkpoint every so many epochs.")] = 100,
     seed: Seed = None,
+    pitch_of_recording: Annotated[
+        str | None,
+        typer.Option(help="Say the recording's pitch (A4, 440hz) or none, where the tracker that auto asks is wrong."),
+    ] = None,
     resume: Resume = False,
     force: Force = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the losses for TensorBoard too.")] = False,
@@ -201,6 +205,7 @@ def grow(
         precision=precision,
         checkpoint_every_epochs=checkpoint_every_epochs,
         seed=seed,
+        pitch=pitch_of_recording,
         resume=resume,
         force=force,
     )

@@ -12,6 +12,7 @@ from .settings import RunSettings
 from .sound import metrics
 from .sound.convention import N_FFT, as_samples
 from .sound.files import load_audio
+from .sound.pitch import find_pitch, read_pitch
 from .sound.spectrogram import analyze
 from .sound.vocoder import resolve_vocoder
 from .sound_model import GrownSound, SoundCard, SoundModel
@@ -116,7 +117,7 @@ class Growth:
         ValueError, TypeError, OSError: bad input, said in one line. RuntimeError: a backend that cannot run here.
     """
 
-    def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=10):
+    def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=100):
         if checkpoint_every_epochs < 1:
             raise ValueError(f"checkpoint_every_epochs must be at least 1, got {checkpoint_every_epochs}")
         self.settings = settings
@@ -142,6 +143,7 @@ class Growth:
             backend=backend,
             precision=precision,
             device=device,
+            pitch_hz=self._pitch() if settings.recipe.context else None,
         )
         if checkpoint:
             if checkpoint.fingerprint != self.fingerprint:
@@ -153,6 +155,11 @@ class Growth:
         self._running, self._stopped = threading.Event(), threading.Event()
         self._running.set()
         self._present = self._snapshot()
+
+    def _pitch(self):
+        if self.settings.pitch == "none":
+            return None
+        return find_pitch(self.samples) if self.settings.pitch == "auto" else read_pitch(self.settings.pitch)
 
     def pause(self):
         """Hold training after the present epoch, until :meth:`go_on` or :meth:`stop`."""
@@ -219,9 +226,13 @@ class Growth:
         )
 
     def grown(self):
-        """What the model grows now -> DualSpectrogram. Any thread may ask at any time."""
-        model = self.model()
-        return self.target.with_grids(*model.automaton.grow(model.card.n_frames, model.card.num_steps))
+        """What the model grows now -> DualSpectrogram. Any thread may ask at any time.
+
+        It grows from as many seeds and for twice as many steps as an epoch; from one cell it would take far longer.
+        """
+        automaton, recipe = self.model().automaton, self.settings.recipe
+        num_steps = recipe.num_steps if recipe.seed_spacing is None else 2 * recipe.seed_spacing
+        return self.target.with_grids(*automaton.grow(self.target.n_frames, num_steps, at=recipe.seed_spacing))
 
     def checkpoint(self):
         """-> Checkpoint; only for the thread that takes the events."""
@@ -230,7 +241,9 @@ class Growth:
 
     def sound(self):
         """What the model grows now, decoded and compared with the recording -> GrownSound."""
-        trainer, sound = self.trainer, self.model().grow()
+        trainer, model = self.trainer, self.model()
+        steps = model.plan().num_steps
+        sound = model.grow()
         result = {
             "fastnca": __version__,
             "recipe": self.settings.recipe.name,
@@ -243,6 +256,8 @@ class Growth:
             "precision": trainer.model.precision,
             "vocoder": self.vocoder.name,
             "n_frames": self.target.n_frames,
+            "steps": steps,
+            "pitch_hz": trainer.model.places.pitch_hz if trainer.model.places else None,
             **metrics.grid_metrics(sound.spectrogram, self.target),
             **metrics.compare(self.samples, sound.samples),
         }

@@ -10,6 +10,7 @@ from torch import nn
 from .automaton import ops, reference
 from .automaton.backends import check_names, choose_backend
 from .automaton.rule import ALPHA, CHANNELS, HIDDEN1, HIDDEN2, VALUE, perception
+from .context import Context
 from .sound.convention import DB_RANGE, N_LINEAR, N_MELS
 
 TIMES = ("stretch", "sustain")
@@ -54,11 +55,15 @@ class DualSpecTNCA(nn.Module):
 
     Args:
         life_mask: False leaves out the alpha clamp and the life mask, as the notebook in fact ran.
+        context: a context.Places tells every cell its place at every step; None does not.
+        growth: only cells with life in their neighborhood change, so that life spreads from the seed by one cell a
+            step. Needs the life mask.
         backend: "auto" or a name from ``fastnca info``; ``model.backend`` says which one runs.
         precision: "fp32", or "tf32" / "bf16" for the matrix products of a backend that has them.
-        coordinates: Fourier features of a cell's place, written into the hidden channels of the initial grids:
-            entries (function, axis, octave) with function "sin" or "cos", axis "f" (band) or "t" (frame), both running
-            from -1 to 1 over the grid; entry i fills channel 2 + i with ``function(pi * 2**octave * axis)``.
+        coordinates: of models from before context. Fourier features of a cell's place, written into the hidden channels
+            of the initial grids: entries (function, axis, octave) with function "sin" or "cos", axis "f" (band) or "t"
+            (frame), both running from -1 to 1 over the grid; entry i fills channel 2 + i with
+            ``function(pi * 2**octave * axis)``.
 
     Raises:
         ValueError: a size, name or coordinate that does not fit. RuntimeError: a named backend that cannot run, with
@@ -73,6 +78,8 @@ class DualSpecTNCA(nn.Module):
         life_mask=True,
         backend="auto",
         precision="fp32",
+        context=None,
+        growth=False,
         coordinates=(),
     ):
         super().__init__()
@@ -81,10 +88,13 @@ class DualSpecTNCA(nn.Module):
         if n_mels < 1 or n_linear < 1:
             raise ValueError(f"n_mels and n_linear must be at least 1, got {n_mels} and {n_linear}")
         check_names(backend, precision)
+        if growth and not life_mask:
+            raise ValueError("growth needs the life mask: without it nothing says what lives")
         self.num_channels = num_channels
         self.n_mels = n_mels
         self.n_linear = n_linear
         self.life_mask = bool(life_mask)
+        self.growth = bool(growth)
         self.precision = precision
         self.coordinates = _checked_coordinates(coordinates, num_channels)
         self._requested_backend = backend
@@ -99,11 +109,17 @@ class DualSpecTNCA(nn.Module):
         nn.init.zeros_(self.update_mlp[-1].weight)
         nn.init.zeros_(self.update_mlp[-1].bias)
         self.update_mlp[-1].bias.data[ALPHA] = 1.0
+        self.context = None if context is None else Context(context, n_mels, n_linear)
 
     @property
     def weights(self):
         """(w1, b1, w2, b2, w3, b3), the w's [out, in, 1, 1]."""
         return tuple(self.update_mlp.parameters())
+
+    @property
+    def places(self):
+        """The Places of the context, or None."""
+        return self.context and self.context.places
 
     @property
     def backend(self):
@@ -117,33 +133,51 @@ class DualSpecTNCA(nn.Module):
             precision=self.precision,
         )
 
+    @property
+    def knows_time(self):
+        """Whether a cell is told its place in time."""
+        return self.context is not None or any(axis == "t" for _, axis, _ in self.coordinates)
+
     def extra_repr(self):
         return (
             f"num_channels={self.num_channels}, n_mels={self.n_mels}, n_linear={self.n_linear}, "
-            f"life_mask={self.life_mask}, backend={self._requested_backend!r}, precision={self.precision!r}"
+            f"life_mask={self.life_mask}, growth={self.growth}, backend={self._requested_backend!r}, "
+            f"precision={self.precision!r}"
         )
 
-    def seed(self, n_frames, times=None):
-        """Initial grids ([1, C, n_mels, n_frames], [1, C, n_linear, n_frames]): one live cell in the middle of each,
-        and the model's coordinates in the hidden channels.
+    def seed(self, n_frames, at=None, times=None):
+        """Initial grids ([1, C, n_mels, n_frames], [1, C, n_linear, n_frames]), empty but for the live seed cells.
 
-        ``times`` [n_frames] gives each frame's place in the sound, -1 its start and 1 its end; by default the frames
-        share the whole sound evenly (see :func:`frame_times`).
+        Args:
+            at: where life begins: None for one cell in the middle of each grid; places [(band, frame), ...], both as
+                shares of the grid from 0 to 1; or an integer k for a lattice of cells, k apart in both directions.
+            times: [n_frames], see :func:`frame_times`; for the coordinates of models that have them.
+
+        Raises TypeError or ValueError for what is none of these, and for a place outside the grid.
         """
         if not isinstance(n_frames, numbers.Integral) or n_frames < 1:
             raise ValueError(f"n_frames must be an integer of at least 1, got {n_frames!r}")
+        times = self._checked_times(n_frames, times)
+        at = _checked_seeds(at)
+        return self._seed_grid(self.n_mels, at, times), self._seed_grid(self.n_linear, at, times)
+
+    def _checked_times(self, n_frames, times):
         weight = self.update_mlp[0].weight
         if times is None:
-            times = torch.linspace(-1.0, 1.0, n_frames, dtype=weight.dtype, device=weight.device)
+            return torch.linspace(-1.0, 1.0, n_frames, dtype=weight.dtype, device=weight.device)
         times = torch.as_tensor(times).to(weight)
         if times.shape != (n_frames,):
             raise ValueError(f"times must have shape [{n_frames}], one place per frame, got {list(times.shape)}")
-        return self._seed_grid(self.n_mels, times), self._seed_grid(self.n_linear, times)
+        return times
 
-    def _seed_grid(self, height, times):
+    def _seed_grid(self, height, at, times):
         width = len(times)
         grid = times.new_zeros(1, self.num_channels, height, width)
-        grid[:, ALPHA, height // 2, width // 2] = 1.0
+        if isinstance(at, numbers.Integral):
+            grid[:, ALPHA, (height - 1) % at // 2 :: at, (width - 1) % at // 2 :: at] = 1.0
+        else:
+            for place in at:
+                grid[(slice(None), ALPHA, *_cell(place, height, width))] = 1.0
         for channel, (function, axis, octave) in enumerate(self.coordinates, start=2):
             places = times
             if axis == "f":
@@ -151,6 +185,39 @@ class DualSpecTNCA(nn.Module):
             wave = getattr(torch, function)(math.pi * 2.0**octave * places)
             grid[:, channel] = wave[:, None] if axis == "f" else wave
         return grid
+
+    def steps_to_fill(self, n_frames, at=None):
+        """Steps until life, which spreads by one cell a step, can have reached every cell of both grids. ``at`` as in
+        :meth:`seed`. Without growth life is everywhere after one step."""
+        if not self.growth:
+            return 1
+        at = _checked_seeds(at)
+        if isinstance(at, numbers.Integral):
+            return at
+        farthest = 0
+        for height in (self.n_mels, self.n_linear):
+            distance = np.full((height, n_frames), max(height, n_frames))
+            for y, x in (_cell(place, height, n_frames) for place in at):
+                rows, columns = abs(np.arange(height) - y), abs(np.arange(n_frames) - x)
+                distance = np.minimum(distance, np.maximum(rows[:, None], columns))
+            farthest = max(farthest, int(distance.max()))
+        return farthest
+
+    def tables(self, n_frames, times=None, pitch_hz=None):
+        """The tables of context for ``n_frames`` frames, as :meth:`rollout` takes them, or None without context.
+
+        ``times`` [n_frames] gives each frame's place in the sound, -1 its start and 1 its end; by default the frames
+        share the whole sound evenly (see :func:`frame_times`). ``pitch_hz`` is the pitch to grow at, the recording's if
+        not given.
+
+        Raises ValueError for another length, or a pitch that the model does not know.
+        """
+        times = self._checked_times(n_frames, times)
+        if self.context is not None:
+            return self.context(times, pitch_hz)
+        if pitch_hz is not None:
+            raise ValueError("the model has no context: it cannot grow at another pitch")
+        return None
 
     def perceive(self, grid):
         """[N, C, H, W] -> [N, 4C, H, W]: the grid, its Sobel x and y gradients and its Laplacian."""
@@ -160,8 +227,10 @@ class DualSpecTNCA(nn.Module):
         """One step of both grids, the notebook's signature."""
         return self.rollout(grid_mel, grid_linear, num_steps=1)
 
-    def rollout(self, grid_mel, grid_linear, num_steps=96, checkpoint_every=None, precision=None):
+    def rollout(self, grid_mel, grid_linear, num_steps=96, checkpoint_every=None, precision=None, tables=None):
         """``num_steps`` steps of both grids, differentiable with respect to both grids and all parameters.
+
+        ``tables`` is what :meth:`tables` gave for these frames, the whole sound if not given.
 
         ``checkpoint_every=k`` keeps every k-th state for the backward pass and replays the steps between, which
         trades time for memory and leaves the gradient as it is. ``precision`` is the model's own if not given.
@@ -185,6 +254,8 @@ class DualSpecTNCA(nn.Module):
             grid_linear,
             self.weights,
             num_steps,
+            context=tables or self.tables(grid_mel.shape[3]),
+            growth=self.growth,
             life_mask=self.life_mask,
             checkpoint_every=checkpoint_every,
             precision=precision or self.precision,
@@ -192,13 +263,14 @@ class DualSpecTNCA(nn.Module):
         )
 
     @torch.no_grad()
-    def grow(self, n_frames, num_steps=96, times=None):
+    def grow(self, n_frames, num_steps=96, times=None, pitch_hz=None, at=None):
         """Grow both grids from their seeds -> (mel_db [n_mels, T], linear_db [n_linear, T]), on the CPU.
 
         The products are float32, whatever the model's precision: a sound is the same on any machine, but for rounding.
-        ``times`` [n_frames] as in :meth:`seed`.
+        ``at`` as in :meth:`seed`, ``times`` [n_frames] and ``pitch_hz`` as in :meth:`tables`.
         """
-        grids = self.rollout(*self.seed(n_frames, times), num_steps, precision="fp32")
+        tables = self.tables(n_frames, times, pitch_hz)
+        grids = self.rollout(*self.seed(n_frames, at, times), num_steps, precision="fp32", tables=tables)
         return tuple(decode_db(grid)[0].float().cpu() for grid in grids)
 
     @property
@@ -209,8 +281,32 @@ class DualSpecTNCA(nn.Module):
             "n_mels": self.n_mels,
             "n_linear": self.n_linear,
             "life_mask": self.life_mask,
+            "context": self.context and self.places.to_dict(),
+            "growth": self.growth,
             "coordinates": [list(entry) for entry in self.coordinates],
         }
+
+
+def _checked_seeds(at):
+    """The argument ``at`` of DualSpecTNCA.seed, completed."""
+    if at is None:
+        return [(0.5, 0.5)]
+    if isinstance(at, numbers.Integral):
+        if at < 1:
+            raise ValueError(f"seeds must be at least 1 cell apart, got {at}")
+        return at
+    places = [tuple(place) for place in at]
+    if not places:
+        raise ValueError("at least one cell must live, got no place for a seed")
+    for place in places:
+        if len(place) != 2 or not all(0 <= share <= 1 for share in place):
+            raise ValueError(f"a seed's place is (band, frame), shares of the grid from 0 to 1, got {place!r}")
+    return places
+
+
+def _cell(place, height, width):
+    """The cell (y, x) at a place (band, frame)."""
+    return tuple(min(int(share * size), size - 1) for share, size in zip(place, (height, width)))
 
 
 def _checked_coordinates(coordinates, num_channels):

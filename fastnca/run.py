@@ -133,7 +133,7 @@ class RunFolder:
         save_picture(self.path / "final.png", rows)
 
 
-def prepare(source, out=None, *, resume=False, force=False, checkpoint_every_epochs=10, **given):
+def prepare(source, out=None, *, resume=False, force=False, checkpoint_every_epochs=100, **given):
     """Check everything that a run needs and open its folder -> (Growth, RunFolder or None).
 
     Args:
@@ -164,11 +164,12 @@ def grow(
     minutes=None,
     duration=None,
     seed=None,
+    pitch=None,
     vocoder=None,
     bigvgan=None,
     backend=None,
     precision=None,
-    checkpoint_every_epochs=10,
+    checkpoint_every_epochs=100,
     resume=False,
     force=False,
     on_event=None,
@@ -180,6 +181,7 @@ def grow(
         out: a folder for everything that ``fastnca grow`` writes; without it nothing is written.
         recipe: a name ("default") or a Recipe. epochs, minutes: the budget of training, whichever ends first; without
             either, 10 minutes. duration: seconds of the recording to use, 3 if not given. seed: of every random choice.
+        pitch: of the recording ("A4", "440hz"), "auto" to find it or "none"; a sound with a pitch can grow at another.
         vocoder, bigvgan: see ``vocoder.resolve_vocoder``. backend, precision: see ``fastnca info``.
         resume, force: go on with the run in ``out``, or replace it.
         on_event: called with every event of the growth, see growth.py; to show progress, say.
@@ -200,6 +202,7 @@ def grow(
         minutes=minutes,
         duration=duration,
         seed=seed,
+        pitch=pitch,
         vocoder=vocoder,
         bigvgan=bigvgan,
         backend=backend,

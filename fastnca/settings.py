@@ -7,7 +7,7 @@ from .training.recipes import RECIPES, Recipe, find_recipe
 from .training.trainer import Budget
 
 DEFAULT_MINUTES = 10.0
-FIXED = ("recipe", "duration", "seed")  # a run that goes on cannot change these
+FIXED = ("recipe", "duration", "seed", "pitch")  # a run that goes on cannot change these
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,10 @@ class RunSettings:
     """Everything that decides what a run learns and how.
 
     recipe: a Recipe. epochs, minutes: the budget of training in all, whichever ends first; without either, 10 minutes.
-    duration: seconds of the recording to use. seed: of every random choice. vocoder, bigvgan: see
+    duration: seconds of the recording to use. seed: of every random choice. pitch: of the recording, "auto" to find it,
+    "none" for a sound without one, else as ``pitch.read_pitch`` takes it. vocoder, bigvgan: see
     ``vocoder.resolve_vocoder``. backend: "auto" or a name of ``backends.BACKENDS``. precision: of the matrix products
-    in training; "auto" takes bf16 where the processor has tile registers for it (AMX).
+    in training; "auto" takes the faster.
     """
 
     recipe: Recipe = field(default_factory=lambda: RECIPES["default"])
@@ -25,6 +26,7 @@ class RunSettings:
     minutes: float | None = None
     duration: float = 3.0
     seed: int = 0
+    pitch: str = "auto"
     vocoder: str = "auto"
     bigvgan: str | None = None
     backend: str = "auto"

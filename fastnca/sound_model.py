@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .automaton.backends import check_names, choose_backend, choose_device
+from .context import Places
 from .files import read_safetensors, write_safetensors
 from .model import DualSpecTNCA, frame_times
 from .sound.convention import MelBands, within_full_scale
@@ -14,15 +16,16 @@ from .sound.spectrogram import DualSpectrogram, Scale
 from .sound.vocoder import Vocoder, resolve_vocoder
 
 MODEL_FILE = "model.safetensors"
-MODEL_VERSION = 2  # of the file; versions from 2 on stay readable
+MODEL_VERSION = 3  # of the file; versions from 2 on stay readable
 MIN_FRAMES = 8
+SETTLING_STEPS = 32  # that a growth goes on for when life has reached every cell
 
 
 @dataclass(frozen=True)
 class SoundCard:
     """What a model file says about the sound that the model learned.
 
-    scale: what its decibels mean. n_frames, num_steps: what it was trained for. vocoder, bigvgan: the choice that
+    scale: what its decibels mean. n_frames: its length. num_steps: of an epoch's rollout. vocoder, bigvgan: the choice that
     decodes it, see ``vocoder.resolve_vocoder``. recipe: the name of its recipe. epochs: how long it has learned.
     """
 
@@ -63,6 +66,17 @@ class GrownSound:
 
 
 @dataclass(frozen=True, eq=False)
+class Plan:
+    """What a growth needs to know, the arguments of ``DualSpecTNCA.grow``."""
+
+    n_frames: int
+    num_steps: int
+    times: torch.Tensor = field(repr=False)
+    pitch_hz: float | None
+    at: list | int | None
+
+
+@dataclass(frozen=True, eq=False)
 class SoundModel:
     """An automaton, the card of the sound that it has learned, and the vocoder that decodes what it grows."""
 
@@ -70,34 +84,41 @@ class SoundModel:
     card: SoundCard
     vocoder: Vocoder
 
-    def grow(self, n_frames=None, num_steps=None, time="stretch"):
+    def grow(self, n_frames=None, num_steps=None, time="stretch", pitch_hz=None, at=None):
         """Grow the sound from its seed and decode it -> GrownSound.
 
         Args:
             n_frames: of 256 samples each; as long as the recording if not given.
-            num_steps: its age; that of its training if not given.
+            num_steps: its age; if not given, until life has reached every cell and settled.
             time: what another number of frames does, "stretch" or "sustain", see ``model.frame_times``.
+            pitch_hz: the pitch to grow at; that of the recording if not given.
+            at: where life begins, see ``DualSpecTNCA.seed``; one cell in the middle of each grid if not given.
 
-        Raises ValueError for numbers that are too small, and for "sustain" where the recipe knows no place in time.
+        Raises ValueError for numbers that are too small, for "sustain" where the recipe knows no place in time, and for
+        a pitch where the sound has none.
 
         >>> sound = fastnca.load("violin").grow(n_frames=400, time="sustain")
         >>> sound.save("long.wav")
         """
-        n_frames, num_steps, times = self.plan(n_frames, num_steps, time)
-        return self.decode(*self.automaton.grow(n_frames, num_steps, times))
+        plan = self.plan(n_frames, num_steps, time, pitch_hz, at)
+        return self.decode(*self.automaton.grow(**vars(plan)))
 
-    def plan(self, n_frames=None, num_steps=None, time="stretch"):
-        """Checks and completes the arguments of :meth:`grow` -> (n_frames, num_steps, places of the frames)."""
+    def plan(self, n_frames=None, num_steps=None, time="stretch", pitch_hz=None, at=None):
+        """Checks and completes the arguments of :meth:`grow` -> Plan."""
         n_frames = self.card.n_frames if n_frames is None else n_frames
-        num_steps = self.card.num_steps if num_steps is None else num_steps
         if n_frames < MIN_FRAMES:
             raise ValueError(f"frames must be at least {MIN_FRAMES} (about 0.1 s), got {n_frames}")
+        if num_steps is None:
+            num_steps = self.card.num_steps
+            if self.automaton.growth:
+                num_steps = self.automaton.steps_to_fill(n_frames, at) + SETTLING_STEPS
         if num_steps < 0:
             raise ValueError(f"steps must be at least 0, got {num_steps}")
         times = frame_times(n_frames, self.card.n_frames, time)
-        if time == "sustain" and not any(axis == "t" for _, axis, _ in self.automaton.coordinates):
+        if time == "sustain" and not self.automaton.knows_time:
             raise ValueError(f"time cannot sustain: the model's recipe, {self.card.recipe}, has no time coordinates")
-        return n_frames, num_steps, times
+        self.automaton.tables(n_frames, times, pitch_hz)  # raises where it knows no such pitch
+        return Plan(n_frames, num_steps, times, pitch_hz, at)
 
     def decode(self, mel_db, linear_db):
         """Grown grids [80, T] and [513, T] in dB -> GrownSound; deterministic."""
@@ -134,7 +155,10 @@ def load_model(path, backend="auto", precision="fp32"):
             f"{path} has version {version}, and this fastnca reads models up to {MODEL_VERSION}: update it"
         )
     try:
-        model = DualSpecTNCA(**metadata["config"], backend=backend, precision=precision)
+        config = dict(metadata["config"])
+        if config.get("context"):
+            config["context"] = Places.from_dict(config["context"])
+        model = DualSpecTNCA(**config, backend=backend, precision=precision)
         model.load_state_dict(tensors)
         card = None if metadata["sound"] is None else SoundCard.from_dict(metadata["sound"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

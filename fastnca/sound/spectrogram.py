@@ -81,6 +81,18 @@ def mel_basis(bands=DEFAULT_BANDS):
     return torch.from_numpy(filters).float()
 
 
+def mel_centers(n_bands=N_MELS, bands=DEFAULT_BANDS):
+    """[n_bands] in Hz: where the mel bands have their peaks."""
+    from librosa import mel_frequencies
+
+    return torch.from_numpy(mel_frequencies(n_mels=n_bands + 2, fmin=bands.fmin, fmax=bands.fmax)[1:-1]).float()
+
+
+def linear_centers(n_bands=N_LINEAR, bands=DEFAULT_BANDS):
+    """[n_bands] in Hz, whatever the mel bands: from 0 to half of the sample rate."""
+    return torch.linspace(0.0, SAMPLE_RATE / 2, n_bands)
+
+
 def stft(samples):
     """Tensor [n] -> complex tensor [513, n / 256]: BigVGAN's framing, see convention.py."""
     padded = F.pad(samples[None, None], (PADDING, PADDING), mode="reflect")[0, 0]

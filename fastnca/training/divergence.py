@@ -3,9 +3,9 @@
 import math
 from statistics import fmean
 
-DIVERGING = 4.0  # times the lowest loss so far; young losses jump by less
-CLIMBING = 1.25  # times the lowest mean of RECENT losses so far, see docs/experiments.md
-RECENT = 20
+DIVERGING = 4.0  # times the highest of the recent losses
+CLIMBING = 1.25  # times the lowest mean of recent losses so far, see docs/experiments.md
+RECENT = 20  # losses, or a few more for whole sweeps
 
 
 class TrainingDiverged(RuntimeError):
@@ -13,44 +13,46 @@ class TrainingDiverged(RuntimeError):
 
 
 class DivergenceGuard:
-    """Watches the losses of the epochs that began at the seed.
+    """Watches the losses of the epochs that began at seeds.
 
-    Training has diverged at once where a loss is not finite or a multiple of the lowest one, and slowly where the mean
-    of the last losses has climbed above the lowest such mean.
+    Training has diverged at once where a loss is not finite or a multiple of all recent ones, and slowly where the mean
+    of the recent losses has climbed above the lowest such mean.
+
+    Args:
+        sweep: so many losses in a row judge the whole sound, each another part of it. Some parts are harder to learn
+            than others, so recent losses are compared by whole sweeps.
     """
 
-    def __init__(self):
-        self.lowest_loss = math.inf
-        self.lowest_mean = math.inf  # of RECENT losses in a row
+    def __init__(self, sweep=1):
+        self.span = sweep * math.ceil(RECENT / sweep)
+        self.lowest_mean = math.inf  # of ``span`` losses in a row
         self.recent = []
 
     def exploded(self, loss):
-        """Whether a loss is not finite, or far above the lowest so far."""
-        return not (math.isfinite(loss) and loss <= DIVERGING * self.lowest_loss)
+        """Whether a loss is not finite, or far above the recent ones."""
+        return not (math.isfinite(loss) and loss <= DIVERGING * max(self.recent, default=math.inf))
 
     def climbing(self):
         """Whether the losses so far have been climbing for long."""
-        return len(self.recent) == RECENT and fmean(self.recent) > CLIMBING * self.lowest_mean
+        return len(self.recent) == self.span and fmean(self.recent) > CLIMBING * self.lowest_mean
 
     def record(self, loss):
-        """Takes a loss into account -> whether it is the lowest so far."""
-        self.recent = [*self.recent, loss][-RECENT:]
-        if len(self.recent) == RECENT:
-            self.lowest_mean = min(self.lowest_mean, fmean(self.recent))
-        if loss < self.lowest_loss:
-            self.lowest_loss = loss
-            return True
-        return False
+        """Takes a loss into account -> whether the recent ones are the lowest so far. (All of the first ones are.)"""
+        self.recent = [*self.recent, loss][-self.span :]
+        if len(self.recent) < self.span:
+            return math.isinf(self.lowest_mean)
+        lowest = fmean(self.recent) <= self.lowest_mean
+        if lowest:
+            self.lowest_mean = fmean(self.recent)
+        return lowest
 
     def step_back(self):
-        """Training goes on from the lowest loss: what came after it is forgotten."""
+        """Training goes on from the lowest losses: what came after them is forgotten."""
         self.recent = []
 
     def state_dict(self):
         """The numbers of a checkpoint."""
-        return {"lowest_loss": self.lowest_loss, "lowest_mean": self.lowest_mean, "recent": self.recent}
+        return {"lowest_mean": self.lowest_mean, "recent": self.recent}
 
     def load_state_dict(self, numbers):
-        self.lowest_loss, self.lowest_mean, self.recent = (
-            numbers[name] for name in ("lowest_loss", "lowest_mean", "recent")
-        )
+        self.lowest_mean, self.recent = numbers["lowest_mean"], numbers["recent"]

@@ -1,63 +1,56 @@
-"""Muon, for the small matrices of an automaton's rule."""
-
-import math
+"""SOAP, for the small matrices of an automaton's rule."""
 
 import torch
 
-VECTOR_RATE = 0.1  # share of the learning rate that vectors take
 
+class Soap(torch.optim.Optimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo
+    using Adam", arXiv:2409.11321).
 
-def orthogonalize(matrix):
-    """About U V^T of a matrix U S V^T [m, n]: its larger singular values become 0.7...1.2, and 0 stays 0.
+    A parameter is a matrix [out, in]; the weight of a 1x1 convolution [out, in, 1, 1] and a bias [out] are taken as
+    such. Averages of G G^T and G^T G of its gradients G have eigenvectors; in their basis the entries of a gradient are
+    nearly independent, and Adam's step for each of them is the right one. A matrix of this package has at most 128 rows,
+    so that all this costs little beside one gradient.
 
-    Five steps of Jordan's quintic Newton-Schulz iteration.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
-    networks").
-
-    A matrix W [out, in], or the weight [out, in, 1, 1] of a 1x1 convolution, steps by 0.2 lr sqrt(max(out, in)) times
-    its orthogonalized Nesterov momentum: all directions of the gradient are followed alike, and the entries change by
-    about 0.2 lr in root mean square, Adam's usual step, and decay by lr ``weight_decay`` (Liu et al. 2025, "Muon is
-    scalable for LLM training"). Other parameters, the biases, take Adam's steps at a tenth of ``lr``.
+    Args:
+        betas: of Adam's averages. basis_beta: of the averages whose eigenvectors are the basis.
+        basis_every: steps between two improvements of the basis, each one power iteration.
     """
 
-    def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.3, betas=(0.9, 0.999), eps=1e-8):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        super().__init__(parameters, defaults)
+    def __init__(self, parameters, lr, betas=(0.95, 0.95), basis_beta=0.95, basis_every=5, eps=1e-8):
+        super().__init__(parameters, {
+            "lr": lr, "betas": betas, "basis_beta": basis_beta, "basis_every": basis_every, "eps": eps,
+        })
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    step = self._matrix_step if parameter.dim() > 1 else self._vector_step
-                    step(parameter, self.state[parameter], **{k: v for k, v in group.items() if k in self.defaults})
+                    self._step(parameter, self.state[parameter], **{k: group[k] for k in self.defaults})
 
-    def _matrix_step(self, parameter, state, lr, momentum, weight_decay, **_):
-        average = state.setdefault("momentum", torch.zeros_like(parameter))
-        average.lerp_(parameter.grad, 1.0 - momentum)
-        direction = parameter.grad.lerp(average, momentum).flatten(1)
-        scale = 0.2 * math.sqrt(max(direction.shape))
-        parameter.mul_(1.0 - lr * weight_decay)
-        parameter.add_(orthogonalize(direction).view_as(parameter), alpha=-lr * scale)
-
-    def _vector_step(self, parameter, state, lr, betas, eps, **_):
+    def _step(self, parameter, state, lr, betas, basis_beta, basis_every, eps):
+        gradient = parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[:, None]
         if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter))
-            state.update(exp_avg_sq=torch.zeros_like(parameter))
+            rows, columns = gradient.shape
+            state.update(step=torch.tensor(0), mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
+            state.update(left=gradient.new_zeros(rows, rows), right=gradient.new_zeros(columns, columns))
         state["step"] += 1
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(parameter.grad, 1.0 - betas[0])
-        square.lerp_(parameter.grad.square(), 1.0 - betas[1])
-        bias1, bias2 = (1.0 - beta ** state["step"].item() for beta in betas)
-        parameter.addcdiv_(mean / bias1, (square / bias2).sqrt() + eps, value=-VECTOR_RATE * lr)
+        step = state["step"].item()
+        mean, square, left, right = (state[name] for name in ("mean", "square", "left", "right"))
+        left.lerp_(gradient @ gradient.T, 1.0 - basis_beta)
+        right.lerp_(gradient.T @ gradient, 1.0 - basis_beta)
+        if step == 1:  # there is a basis now, but nothing to divide by yet
+            state["left_basis"], state["right_basis"] = (
+                torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right)  # the largest first, as QR keeps them
+            )
+            return
+        left_basis, right_basis = state["left_basis"], state["right_basis"]
+        mean.lerp_(gradient, 1.0 - betas[0])
+        square.lerp_((left_basis.T @ gradient @ right_basis).square(), 1.0 - betas[1])
+        bias1, bias2 = (1.0 - beta ** (step - 1) for beta in betas)
+        direction = (left_basis.T @ mean @ right_basis / bias1) / ((square / bias2).sqrt() + eps)
+        parameter.add_((left_basis @ direction @ right_basis.T).view_as(parameter), alpha=-lr)
+        if step % basis_every == 0:
+            state["left_basis"] = torch.linalg.qr(left @ left_basis).Q
+            state["right_basis"] = torch.linalg.qr(right @ right_basis).Q

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ..context import Places
 from ..model import DualSpecTNCA, decode_db
 from .divergence import DivergenceGuard, TrainingDiverged
 from .losses import RecipeLoss
-from .optim import Muon
+from .optim import Soap
 
 FINAL_LEARNING_RATE = 0.02  # share of the recipe's learning rate that is left where it decays
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
 STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
-_OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
+_OPTIMIZERS = {"adam": torch.optim.Adam, "soap": Soap}
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,50 @@ def damaged(grid, generator=None):
     return grid
 
 
+class Windows:
+    """The parts of a sound that epochs see: each sweep covers the whole sound, in random order and cut at other places.
+
+    Args:
+        n_frames: of the sound. width: of a window, in frames; None for the whole sound.
+    """
+
+    def __init__(self, n_frames, width, generator):
+        self.n_frames = n_frames
+        self.width = n_frames if width is None else min(width, n_frames)
+        self.generator = generator
+        self.waiting = []  # the first frames of this sweep's windows that are still to come
+
+    @property
+    def per_sweep(self):
+        """The most windows that a sweep can have."""
+        return 1 if self.width == self.n_frames else math.ceil(self.n_frames / self.width) + 1
+
+    def next(self):
+        """-> slice of the frames."""
+        if self.width == self.n_frames:
+            return slice(0, self.n_frames)
+        if not self.waiting:
+            first = -int(torch.randint(self.width, (), generator=self.generator))
+            starts = [min(max(start, 0), self.n_frames - self.width) for start in range(first, self.n_frames, self.width)]
+            self.waiting = [starts[i] for i in torch.randperm(len(starts), generator=self.generator)]
+        begin = self.waiting.pop()
+        return slice(begin, begin + self.width)
+
+
+def time_octaves(n_frames):
+    """For ``context.Places``: as many as give the shortest wave about 8 frames, 0.1 s."""
+    return max(1, math.floor(math.log2(n_frames / 8)) + 2)
+
+
 @dataclass(frozen=True)
 class _Attempt:
-    """One rollout of an epoch and its gradient."""
+    """One rollout of an epoch; its gradient is that of the parameters."""
 
     grids: tuple
     loss: float
     terms: dict
-    gradients: list
-    norms: torch.Tensor  # of each gradient
+    norms: torch.Tensor  # of each parameter's gradient
+    errors: torch.Tensor  # [2, frames]: of both grids, in dB
 
     @property
     def finite(self):
@@ -79,11 +115,14 @@ class Trainer:
         seed: of the initial weights and all that follows; on one machine the same seed and epochs give the same model.
             The caller's random state is left as it is.
         precision: of the training rollouts; the weights and what :meth:`grown` shows are float32.
+        pitch_hz: of the targets, for recipes with context; None where they have none.
 
     Raises ValueError for targets of different shapes.
     """
 
-    def __init__(self, targets, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu"):
+    def __init__(
+        self, targets, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu", pitch_hz=None
+    ):
         if len({target.mel_db.shape for target in targets}) != 1:
             shapes = [list(target.mel_db.shape) for target in targets]
             raise ValueError(f"targets must be at least one, and all of one shape, got {shapes}")
@@ -91,9 +130,14 @@ class Trainer:
         self.recipe = recipe
         self.budget = budget
         self.generator = torch.Generator().manual_seed(seed)
+        n_frames = targets[0].n_frames
+        places = None
+        if recipe.context:
+            places = Places(time_octaves=time_octaves(n_frames), pitch_hz=pitch_hz, bands=targets[0].scale.bands)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            self.model = DualSpecTNCA(backend=backend, precision=precision, coordinates=recipe.coordinates).to(device)
+            self.model = DualSpecTNCA(backend=backend, precision=precision, context=places, growth=recipe.context)
+            self.model.to(device)
             self.loss = RecipeLoss(recipe, device)
         with torch.no_grad():
             self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
@@ -101,13 +145,14 @@ class Trainer:
         self.target_levels = tuple(
             torch.stack([getattr(target, name) for target in targets]).to(device) for name in ("mel_db", "linear_db")
         )
-        seeds = self.model.seed(self.targets[0].n_frames)
-        self.initial_grids = tuple(grid.expand(len(targets), -1, -1, -1) for grid in seeds)
-        self.living_grids, self.age = self.initial_grids, 0  # the last epoch's end, and its steps since the seed
+        self.seed_windows, self.living_windows = (Windows(n_frames, recipe.window, self.generator) for _ in range(2))
+        self.living_grids = self._seeds(n_frames)  # what lives beside the epochs from seeds
+        self.ages = torch.zeros(n_frames, dtype=torch.long)  # steps since the seed of the living grids' frames
+        self.errors = torch.full((2, n_frames), math.nan)  # of both grids' frames, as last judged
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
-        self.guard = DivergenceGuard()
-        self.best = {}  # what had been learned at the lowest loss, see _learned
+        self.guard = DivergenceGuard(self.seed_windows.per_sweep)
+        self.best = {}  # what had been learned at the lowest losses, see _learned
         self.setbacks = 0  # how often training diverged and went on from there
 
     @property
@@ -128,7 +173,8 @@ class Trainer:
         steps = self.recipe.num_steps
         if self.model.backend == "reference":
             return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
-        state = sum(grid.nbytes for grid in self.initial_grids)
+        width = self.seed_windows.width
+        state = sum(grid[..., :width].nbytes for grid in self.living_grids)
         longest = max(1, math.isqrt(steps))
         return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
@@ -137,61 +183,92 @@ class Trainer:
         the terms of the loss.
 
         ``age`` is the number of steps since the seed of what was judged: more than the recipe's where the epoch went on
-        from the last one's end. ``mel_l1_db`` and ``linear_l1_db`` are mean absolute errors over all cells. Errors and
-        losses are those before the step.
+        from what lives. ``mel_l1_db`` and ``linear_l1_db`` are mean absolute errors over all cells, each frame's as it
+        was last judged. Errors and losses are those before the step.
 
-        Where the loss is not finite, has become a multiple of its lowest value or has been climbing for long, the epoch
-        starts from the seed or, if it did, training goes on from that lowest loss at half the learning rate. Raises
+        Where the loss is not finite, has become a multiple of the last ones or has been climbing for long, the epoch
+        starts from seeds or, if it did, training goes on from the lowest losses at half the learning rate. Raises
         TrainingDiverged when that has not helped.
         """
         started = time.perf_counter()
-        continued = self.age > 0 and torch.rand((), generator=self.generator).item() < self.recipe.continue_share
+        recipe = self.recipe
+        continued = self._chance(recipe.continue_share)
         if continued:
-            attempt = self._attempt(self._continued_grids())
+            window = self.living_windows.next()
+            age = int(self.ages[window].max())
+            attempt = self._attempt(self._living(window), window)
             continued = not self._failed(attempt)
+            if continued:
+                self._keep(window, attempt.grids, self.ages[window] + recipe.num_steps)
+            else:
+                self._keep(window, self._seeds(self.living_windows.width), 0)
         if not continued:
-            attempt = self._attempt(self.initial_grids)
+            window, age = self.seed_windows.next(), 0
+            attempt = self._attempt(self._seeds(self.seed_windows.width), window)
             while self._failed(attempt) or self.guard.climbing():
                 self._step_back(f"the loss became {attempt.loss:g} (gradient norm {attempt.norms.max().item():g})")
-                attempt = self._attempt(self.initial_grids)
+                attempt = self._attempt(self._seeds(self.seed_windows.width), window)
             if self.guard.record(attempt.loss):
                 self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
-        self.living_grids = tuple(grid.detach() for grid in attempt.grids)
-        self.age = self.recipe.num_steps + (self.age if continued else 0)
+            if self._chance(recipe.restart_share):
+                self._keep(window, attempt.grids, recipe.num_steps)
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        if self.recipe.normalize_gradients:
-            for gradient, norm in zip(attempt.gradients, attempt.norms, strict=True):
-                gradient.div_(norm + 1e-8)
         self.optimizer.step()
         self.epoch += 1
         self.seconds += time.perf_counter() - started
-        errors = [
-            (decode_db(grid) - target).abs().mean().item()
-            for grid, target in zip(self.living_grids, self.target_levels, strict=True)
-        ]
+        self.errors[:, window] = attempt.errors
+        mel_l1_db, linear_l1_db = self.errors.nanmean(dim=1).tolist()
         return {
             "epoch": self.epoch,
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
-            "age": self.age,
-            "mel_l1_db": errors[0],
-            "linear_l1_db": errors[1],
+            "age": age + recipe.num_steps,
+            "mel_l1_db": mel_l1_db,
+            "linear_l1_db": linear_l1_db,
             "loss": attempt.loss,
             **attempt.terms,
         }
 
-    def _continued_grids(self):
-        if not self.recipe.damage_continued:
-            return self.living_grids
-        return tuple(damaged(grid, self.generator) for grid in self.living_grids)
+    def _chance(self, share):
+        return torch.rand((), generator=self.generator).item() < share
 
-    def _attempt(self, grids):
-        grown = self.model.rollout(*grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every())
-        loss, terms = self.loss(grown, tuple(decode_db(grid) for grid in grown), self.target_levels)
+    def _seeds(self, n_frames):
+        """Initial grids of all targets: one seed each, or a lattice of seeds that lies elsewhere each time."""
+        spacing = self.recipe.seed_spacing
+        grids = self.model.seed(n_frames, at=spacing)
+        if spacing is not None:
+            shifts = torch.randint(spacing, (len(grids), 2), generator=self.generator).tolist()
+            grids = tuple(grid.roll(shift, dims=(2, 3)) for grid, shift in zip(grids, shifts))
+        return tuple(grid.repeat(len(self.targets), 1, 1, 1) for grid in grids)
+
+    def _living(self, window):
+        grids = tuple(grid[..., window] for grid in self.living_grids)
+        if self._chance(self.recipe.damage_share):
+            grids = tuple(damaged(grid, self.generator) for grid in grids)
+        return grids
+
+    def _keep(self, window, grids, age):
+        """From now on these grids live in that window."""
+        for living, grid in zip(self.living_grids, grids):
+            living[..., window] = grid.detach()
+        self.ages[window] = age
+
+    def _attempt(self, grids, window):
+        tables = self.model.tables(self.targets[0].n_frames)
+        if tables is not None:
+            *rows, columns = tables
+            tables = (*rows, columns[..., window])
+        grown = self.model.rollout(
+            *grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every(), tables=tables
+        )
+        levels = tuple(decode_db(grid) for grid in grown)
+        targets = tuple(target[..., window] for target in self.target_levels)
+        loss, terms = self.loss(grown, levels, targets)
         self.optimizer.zero_grad()
         loss.backward()
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        return _Attempt(grown, loss.item(), terms, gradients, torch.stack(torch._foreach_norm(gradients)))
+        errors = [(level - target).detach().abs().mean(dim=(0, 1)) for level, target in zip(levels, targets)]
+        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in self.model.parameters()]))
+        return _Attempt(grown, loss.item(), terms, norms, torch.stack(errors).cpu())
 
     def _failed(self, attempt):
         return self.guard.exploded(attempt.loss) or not attempt.finite
@@ -226,21 +303,26 @@ class Trainer:
     def state_dict(self):
         """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened.
 
-        Tensors: the weights and the optimizer's state, now and at the lowest loss; the random state; the living grids.
+        Tensors: the weights and the optimizer's state, now and at the lowest loss; the random state; what lives.
         """
         tensors = self._learned()
         tensors.update({f"best.{name}": tensor for name, tensor in self.best.items()})
         tensors["random_state"] = self.generator.get_state()
-        tensors["living.mel"], tensors["living.linear"] = self.living_grids
-        numbers = {"epoch": self.epoch, "seconds": self.seconds, "age": self.age, "setbacks": self.setbacks}
-        return tensors, {**numbers, "guard": self.guard.state_dict()}
+        tensors["living.mel"], tensors["living.linear"] = (grid.clone() for grid in self.living_grids)
+        tensors["living.ages"], tensors["errors"] = self.ages.clone(), self.errors.clone()
+        numbers = {"epoch": self.epoch, "seconds": self.seconds, "setbacks": self.setbacks}
+        waiting = [list(windows.waiting) for windows in (self.seed_windows, self.living_windows)]
+        return tensors, {**numbers, "waiting": waiting, "guard": self.guard.state_dict()}
 
     def load_state_dict(self, tensors, numbers):
         self._load_learned(tensors)
         self.best = {name[len("best.") :]: tensor for name, tensor in tensors.items() if name.startswith("best.")}
         self.generator.set_state(tensors["random_state"])
-        device = self.initial_grids[0].device
-        self.living_grids = tuple(tensors[name].to(device) for name in ("living.mel", "living.linear"))
-        for name in ("epoch", "seconds", "age", "setbacks"):
+        device = self.living_grids[0].device
+        self.living_grids = tuple(tensors[name].clone().to(device) for name in ("living.mel", "living.linear"))
+        self.ages, self.errors = tensors["living.ages"].clone(), tensors["errors"].clone()
+        for windows, waiting in zip((self.seed_windows, self.living_windows), numbers["waiting"]):
+            windows.waiting = list(waiting)
+        for name in ("epoch", "seconds", "setbacks"):
             setattr(self, name, numbers[name])
         self.guard.load_state_dict(numbers["guard"])
