@@ -246,40 +246,64 @@ def generate(
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
     frames: Annotated[int | None, typer.Option(help="Grow this many time frames, 256 samples each.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Grow for this many steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Grow for this many steps; by default until the sound is full and settled.")
+    ] = None,
     time: Annotated[
         str,
         typer.Option(help="Choose what other --frames do: stretch changes the pace, sustain holds the sound's middle."),
     ] = "stretch",
-    video: Annotated[bool, typer.Option("--video", help="Write the growth as an animated GIF too.")] = False,
+    pitch: Annotated[
+        str | None,
+        typer.Option(help="Grow at another pitch: a note (E4), semitones (+3, -2) or a frequency (330hz)."),
+    ] = None,
+    seeds_every: Annotated[
+        int | None, typer.Option(help="Begin with live cells this far apart instead of one in the middle.")
+    ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="Write the growth as an animated GIF too, with ffmpeg also as an MP4.")
+    ] = False,
+    hear_growth: Annotated[
+        bool, typer.Option("--hear-growth", help="Write a sound that plays the stages of the growth too.")
+    ] = False,
+    wound: Annotated[
+        str | None,
+        typer.Option(help="Erase a box, SECONDS-SECONDS,HZ-HZ, of the grown sound; write it wounded and healed too."),
+    ] = None,
+    heal: Annotated[int, typer.Option(help="Let the wound heal for this many steps.")] = 96,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = "auto",
 ):
-    """Grow the sound of a finished run again, at any length, and write it."""
-    from contextlib import nullcontext
-
+    """Grow the sound of a finished run again, at any length and pitch, and write it."""
     from rich.console import Console
 
     from .generate import generate as write_generated
 
     console = Console(stderr=True)
-    with _one_line_errors(2), _progress_bar(console) if video else nullcontext() as show:
-        wav, sound = write_generated(
+    with _one_line_errors(2), _progress_bar(console) as show:
+        written, sound = write_generated(
             path,
             out,
             n_frames=frames,
             num_steps=steps,
             time=time,
+            pitch=pitch,
+            seeds_every=seeds_every,
             video=video,
+            hear_growth=hear_growth,
+            wound=wound,
+            heal=heal,
             vocoder=vocoder,
             bigvgan=bigvgan,
             backend=backend,
-            on_picture=lambda done, total: show(done / total, f"picture {done} of {total}"),
+            on_step=lambda done, total: show(done / total, f"step {done} of {total}"),
         )
     if sound.model.vocoder.hint:
         typer.echo(sound.model.vocoder.hint, err=True)
-    typer.echo(f"{wav}: decoded by {sound.model.vocoder.name}")
+    typer.echo(f"{written[0]}: decoded by {sound.model.vocoder.name}")
+    for path in written[1:]:
+        typer.echo(str(path))
 
 
 @app.command()

@@ -1,15 +1,22 @@
-"""Growing a learned sound again: load, grow, decode, and the files of that."""
+"""Growing a learned sound again: load, grow, wound and heal, decode, and the files of that."""
 
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from .model import decode_db
+from .sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
+from .sound.files import write_wav
 from .sound.pictures import save_growth, save_picture
+from .sound.pitch import read_pitch
+from .sound.spectrogram import linear_centers, mel_centers
 from .sound_model import find_model_file, load
 
 MAX_PICTURES = 96  # of an animated growth, beside the seed
+STAGES = 8  # of a growth that is heard
+PAUSE = SAMPLE_RATE // 8  # samples between two stages
 
 
 def generate(
@@ -19,68 +26,144 @@ def generate(
     n_frames=None,
     num_steps=None,
     time="stretch",
+    pitch=None,
+    seeds_every=None,
     video=False,
+    hear_growth=False,
+    wound=None,
+    heal=96,
     vocoder=None,
     bigvgan=None,
     backend="auto",
-    on_picture=None,
+    on_step=None,
 ):
-    """Grow a learned sound again and write it -> (path of the wav, the GrownSound).
+    """Grow a learned sound again and write it -> (paths of what was written, the wav first, and the GrownSound).
 
     A picture of the grown spectrograms lies beside the wav. ``out`` is by default ``generated.wav`` in the run's
-    folder, or ``<name>_generated.wav`` beside a model file that was given itself; with other frames or steps than it
-    was trained with, the name says them.
+    folder, or ``<name>_generated.wav`` beside a model file that was given itself; with other frames, steps or pitch
+    than those of the recording, the name says them.
 
     Args:
         path: the folder that ``fastnca grow`` wrote, or a model file.
         n_frames, num_steps, time: see ``SoundModel.grow``.
-        video: write the growth too, as an animated GIF beside the wav.
+        pitch: a note ("E4"), semitones from the recording ("+3") or a frequency ("330hz").
+        seeds_every: let life begin at a lattice of cells, so far apart, instead of one cell in the middle.
+        video: write the growth too, as an animated GIF and, where ffmpeg is at hand, as an MP4.
+        hear_growth: write its stages too, one after the other, as ``<name>_growth.wav``.
+        wound: a box "SECONDS-SECONDS,HZ-HZ" in which everything is erased when the sound has grown; the wounded sound
+            is written as ``<name>_wounded.wav`` and, ``heal`` steps later, ``<name>_healed.wav``.
         vocoder, bigvgan, backend: see :func:`fastnca.load`.
-        on_picture: called with (pictures done, pictures in all) while the GIF is drawn.
+        on_step: called with (steps done, steps in all) while it grows.
 
     Raises ValueError, TypeError, OSError for bad input, RuntimeError for a backend that cannot run here.
     """
     model_file = find_model_file(path)
     model = load(model_file, backend=backend, vocoder=vocoder, bigvgan=bigvgan)
-    n_frames, num_steps, times = model.plan(n_frames, num_steps, time)
+    recorded_hz = model.automaton.places and model.automaton.places.pitch_hz
+    pitch_hz = None if pitch is None else read_pitch(pitch, recorded_hz)
+    plan = model.plan(n_frames, num_steps, time, pitch_hz, seeds_every)
+    box = None if wound is None else read_wound(wound, plan.n_frames)
+    if heal < 1:
+        raise ValueError(f"heal must be at least 1 step, got {heal}")
     if out is None:
         name = "generated" if Path(path).is_dir() else f"{model_file.stem}_generated"
-        if (n_frames, num_steps) != (model.card.n_frames, model.card.num_steps):
-            name += f"_{n_frames}x{num_steps}"
-        out = model_file.with_name(f"{name}.wav" if time == "stretch" else f"{name}_{time}.wav")
+        if n_frames not in (None, model.card.n_frames) or num_steps is not None:
+            name += f"_{plan.n_frames}x{plan.num_steps}"
+        name += "" if time == "stretch" else f"_{time}"
+        name += "" if pitch is None else f"_{re.sub('[^A-Za-z0-9+.-]', '', pitch)}"
+        out = model_file.with_name(f"{name}.wav")
     out = Path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}; make it first")
-    if video:
-        total = math.ceil(num_steps / _stride(num_steps)) + 1
-        pictures = growth_pictures(model.automaton, n_frames, num_steps, times)
-        save_growth(out.with_suffix(".gif"), _counted(pictures, total, on_picture))
-    sound = model.grow(n_frames, num_steps, time)
+
+    def beside(ending):
+        return out.with_name(out.stem + ending)
+
+    total = plan.num_steps + (heal if box else 0)
+    counted = (lambda step: on_step(step, total)) if on_step else (lambda step: None)
+    written = [out, beside(".png")]
+    pictures, heard = [], []
+    seen = set(_stages(plan.num_steps, MAX_PICTURES)) if video else set()
+    sounding = set(_stages(plan.num_steps, STAGES)) if hear_growth else set()
+    for step, grids in grow_by(model.automaton, plan, seen | sounding | {plan.num_steps}):
+        counted(step)
+        if step in seen:
+            pictures.append(growth_picture(model.automaton, step, grids))
+        if step in sounding and step > 0:
+            heard.append(model.vocoder.decode(model.spectrogram(*model.automaton.levels(grids))))
+    sound = model.decode(*model.automaton.levels(grids))
+    rows = [(f"grown, {plan.num_steps} steps", sound.spectrogram)]
     sound.save(out)
-    save_picture(out.with_suffix(".png"), [(f"grown, {num_steps} steps", sound.spectrogram)])
-    return out, sound
+    if video:
+        written += save_growth(out.with_suffix(".gif"), pictures)
+    if hear_growth:
+        pause = np.zeros(PAUSE, dtype=np.float32)
+        samples, _ = within_full_scale(np.concatenate([part for stage in heard for part in (stage, pause)]))
+        written.append(beside("_growth.wav"))
+        write_wav(written[-1], samples)
+    if box:
+        grids = erase(grids, *box)
+        for ending, steps in (("wounded", 0), ("healed", heal)):
+            grids = grow_on(model.automaton, plan, grids, steps)
+            after = model.decode(*model.automaton.levels(grids))
+            rows.append((ending if steps == 0 else f"{ending}, {steps} steps later", after.spectrogram))
+            written.append(beside(f"_{ending}.wav"))
+            after.save(written[-1])
+        counted(total)
+    save_picture(written[1], rows)
+    return written, sound
 
 
-def _stride(num_steps):
-    return max(1, math.ceil(num_steps / MAX_PICTURES))
+def _stages(num_steps, count):
+    """0, num_steps and at most ``count - 1`` steps evenly between them."""
+    stride = max(1, math.ceil(num_steps / count))
+    return (*range(0, num_steps, stride), num_steps)
 
 
 @torch.no_grad()
-def growth_pictures(automaton, n_frames, num_steps, times):
-    """One growth from the seed to ``num_steps`` in no more than 97 pictures, as ``pictures.save_growth`` takes them."""
-    stride = _stride(num_steps)
-    grids = automaton.seed(n_frames, times)
-    for step in range(0, num_steps + stride, stride):
-        step = min(step, num_steps)
-        if step > 0:
-            grids = automaton.rollout(*grids, (step - 1) % stride + 1)
-        levels = [decode_db(grid)[0].cpu().numpy() for grid in grids]
-        alphas = [grid[0, 1].cpu().numpy() for grid in grids]
-        yield f"step {step}", *levels, *alphas
+def grow_on(automaton, plan, grids, num_steps):
+    """The grids of a growth by ``plan``, so many steps later."""
+    if num_steps == 0:
+        return grids
+    tables = automaton.tables(plan.n_frames, plan.times, plan.pitch_hz)
+    return automaton.rollout(*grids, num_steps, precision="fp32", tables=tables)
 
 
-def _counted(pictures, total, on_picture):
-    for done, picture in enumerate(pictures, start=1):
-        yield picture
-        if on_picture:
-            on_picture(done, total)
+def grow_by(automaton, plan, steps):
+    """One growth by ``plan``: yields (step, grids) at each of ``steps``, in their order."""
+    grids, age = automaton.seed(plan.n_frames, plan.at, plan.times), 0
+    for step in sorted(steps):
+        grids, age = grow_on(automaton, plan, grids, step - age), step
+        yield step, grids
+
+
+def growth_picture(automaton, step, grids):
+    """What ``pictures.save_growth`` shows of a growth at that step."""
+    alphas = [grid[0, 1].clamp(0, 1).cpu().numpy() for grid in grids]
+    return f"step {step}", *(level.numpy() for level in automaton.levels(grids)), *alphas
+
+
+def read_wound(text, n_frames):
+    """ "SECONDS-SECONDS,HZ-HZ" -> (frames, hertz), a slice and a pair. Raises ValueError for anything else."""
+    number = r"(\d*\.?\d+)"
+    match = re.fullmatch(rf"{number}\s*-\s*{number}\s*,\s*{number}\s*-\s*{number}", text.strip())
+    if not match:
+        raise ValueError(f"a wound is a box SECONDS-SECONDS,HZ-HZ such as 0.5-0.8,200-2000, got {text!r}")
+    start, end, low, high = (float(part) for part in match.groups())
+    seconds = n_frames * HOP_LENGTH / SAMPLE_RATE
+    if not (start < end and low < high and start < seconds):
+        raise ValueError(f"a wound must lie within the sound's {seconds:.2f} s and rise from low to high, got {text!r}")
+    begin, stop = (round(second * SAMPLE_RATE / HOP_LENGTH) for second in (start, end))
+    return slice(begin, max(stop, begin + 1)), (low, high)
+
+
+def erase(grids, frames, hertz):
+    """Copies of both grids in which the cells in that box, frames and range of Hz, are dead and empty."""
+    wounded = []
+    for grid, centers in zip(grids, (mel_centers, linear_centers)):
+        grid = grid.clone()
+        band_hertz = centers(grid.shape[2])
+        bands = (band_hertz >= hertz[0]) & (band_hertz <= hertz[1])
+        grid[:, :, bands, frames] = 0.0
+        wounded.append(grid)
+    return wounded

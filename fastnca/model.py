@@ -271,7 +271,18 @@ class DualSpecTNCA(nn.Module):
         """
         tables = self.tables(n_frames, times, pitch_hz)
         grids = self.rollout(*self.seed(n_frames, at, times), num_steps, precision="fp32", tables=tables)
-        return tuple(decode_db(grid)[0].float().cpu() for grid in grids)
+        return self.levels(grids)
+
+    def levels(self, grids):
+        """The sound that both grids show, [1, C, bands, T] each -> (mel_db [n_mels, T], linear_db [n_linear, T]), on
+        the CPU: as :func:`decode_db`, but where the rule has growth, cells that life has not reached are silent."""
+        levels = []
+        for grid in grids:
+            level = decode_db(grid)
+            if self.growth:
+                level = torch.where(reference.alive(grid)[:, 0], level, -DB_RANGE)
+            levels.append(level[0].float().cpu())
+        return tuple(levels)
 
     @property
     def config(self):

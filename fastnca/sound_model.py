@@ -25,8 +25,8 @@ SETTLING_STEPS = 32  # that a growth goes on for when life has reached every cel
 class SoundCard:
     """What a model file says about the sound that the model learned.
 
-    scale: what its decibels mean. n_frames: its length. num_steps: of an epoch's rollout. vocoder, bigvgan: the choice that
-    decodes it, see ``vocoder.resolve_vocoder``. recipe: the name of its recipe. epochs: how long it has learned.
+    scale: what its decibels mean. n_frames: its length. num_steps: of an epoch's rollout. vocoder, bigvgan: the choice
+    that decodes it, see ``vocoder.resolve_vocoder``. recipe: the name of its recipe. epochs: how long it has learned.
     """
 
     scale: Scale
@@ -120,9 +120,13 @@ class SoundModel:
         self.automaton.tables(n_frames, times, pitch_hz)  # raises where it knows no such pitch
         return Plan(n_frames, num_steps, times, pitch_hz, at)
 
+    def spectrogram(self, mel_db, linear_db):
+        """Grown grids [80, T] and [513, T] in dB -> DualSpectrogram, on the scale of the recording."""
+        return DualSpectrogram(mel_db, linear_db, self.card.scale)
+
     def decode(self, mel_db, linear_db):
         """Grown grids [80, T] and [513, T] in dB -> GrownSound; deterministic."""
-        spectrogram = DualSpectrogram(mel_db, linear_db, self.card.scale)
+        spectrogram = self.spectrogram(mel_db, linear_db)
         samples, gain = within_full_scale(self.vocoder.decode(spectrogram))
         return GrownSound(samples, spectrogram, self, gain)
 

@@ -35,9 +35,9 @@ def rollout(
         reference.rollout(mel, weights, num_steps, life_mask, (mel_rows, columns), growth)
         reference.rollout(linear, weights, num_steps, life_mask, (linear_rows, columns), growth)
 
-    and differentiable in both grids, all weights and the context, once. Gradients that are finite or NaN are the reference's. Next
-    to an infinite gradient PyTorch multiplies the stencils' zeros by infinity, which gives NaN; the CPU kernels leave
-    these products out and may have an infinity there instead.
+    and differentiable in both grids, all weights and the context, once. Gradients that are finite or NaN are the
+    reference's. Next to an infinite gradient PyTorch multiplies the stencils' zeros by infinity, which gives NaN; the
+    CPU kernels leave these products out and may have an infinity there instead.
 
     Args:
         mel, linear: grids [N, 16, H, W], H and W free for each; float32 for the fused backends. The reference takes
@@ -65,12 +65,10 @@ def rollout(
         backend, device=mel.device, dtype=mel.dtype, num_channels=mel.shape[1], precision=precision
     )
     if backend == "reference":
-        mel_rows, linear_rows, columns = context or (None, None, None)
+        contexts = (None, None) if context is None else ((rows, context[2]) for rows in context[:2])
         return tuple(
-            _reference_rollout(
-                grid, num_steps, checkpoint_every, weights, life_mask, None if context is None else (rows, columns), growth
-            )
-            for grid, rows in ((mel, mel_rows), (linear, linear_rows))
+            _reference_rollout(grid, num_steps, checkpoint_every, weights, life_mask, context_of_grid, growth)
+            for grid, context_of_grid in zip((mel, linear), contexts)
         )
     if num_steps == 0:
         return mel.clone(), linear.clone()

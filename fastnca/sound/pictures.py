@@ -1,5 +1,8 @@
 """Pictures of dual spectrograms, still and moving."""
 
+import shutil
+import subprocess
+
 from ..files import atomic_write
 from .convention import DB_RANGE, HOP_LENGTH, N_MELS, SAMPLE_RATE
 
@@ -45,7 +48,8 @@ def save_picture(path, rows):
 
 
 def save_growth(path, pictures):
-    """Write an animated GIF of one growth: levels above, alpha (life) below, mel on the left and linear on the right.
+    """Write a growth as an animated GIF, and as an MP4 beside it where ffmpeg is at hand: levels above, alpha (life)
+    below, mel on the left and linear on the right. Returns the paths of what was written.
 
     ``pictures`` yields (title, mel_db [80, T], linear_db [513, T], mel_alpha, linear_alpha), with alphas from 0 to 1 in
     the shapes of the levels. The colors are those of :func:`save_picture`, and the last picture stays for two seconds.
@@ -58,7 +62,8 @@ def save_growth(path, pictures):
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True, sharey="col")
-    drawn, palette = [], None
+    drawn, palette, colored = [], None, []
+    ffmpeg = _find_ffmpeg()
     for title, *panels in pictures:
         figure.suptitle(title)
         if not drawn:
@@ -68,12 +73,39 @@ def save_growth(path, pictures):
         canvas.draw()
         figure.set_layout_engine("none")  # laid out once, not again for every picture
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        if ffmpeg:
+            colored.append(picture.tobytes())
         # The scales beside the panels put every color into the first picture: one palette, and no flicker.
         palette = palette or picture.quantize(255)
         drawn.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
     durations = [1000 // GIF_FRAMES_PER_SECOND] * (len(drawn) - 1) + [2000]
     with atomic_write(path) as file:
         drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0)
+    if not ffmpeg:
+        return [path]
+    movie = path.with_suffix(".mp4")
+    with atomic_write(movie) as file:
+        _write_movie(ffmpeg, file.name, drawn[0].size, colored + colored[-1:] * (2 * GIF_FRAMES_PER_SECOND))
+    return [path, movie]
+
+
+def _find_ffmpeg():
+    """The ffmpeg of imageio-ffmpeg or of the system, or None."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        return shutil.which("ffmpeg")
+
+
+def _write_movie(ffmpeg, path, size, frames):
+    """``frames``: RGB bytes of pictures of that size (width, height)."""
+    command = [ffmpeg, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "{}x{}".format(*size)]
+    command += ["-r", str(GIF_FRAMES_PER_SECOND), "-i", "-", "-pix_fmt", "yuv420p", "-f", "mp4", str(path)]
+    result = subprocess.run(command, input=b"".join(frames), capture_output=True, check=False)
+    if result.returncode:
+        raise OSError(f"ffmpeg could not write {path}: {result.stderr.decode(errors='replace').strip()}")
 
 
 def _empty_panels(figure, axes, n_frames):

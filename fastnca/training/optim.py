@@ -9,8 +9,8 @@ class Soap(torch.optim.Optimizer):
 
     A parameter is a matrix [out, in]; the weight of a 1x1 convolution [out, in, 1, 1] and a bias [out] are taken as
     such. Averages of G G^T and G^T G of its gradients G have eigenvectors; in their basis the entries of a gradient are
-    nearly independent, and Adam's step for each of them is the right one. A matrix of this package has at most 128 rows,
-    so that all this costs little beside one gradient.
+    nearly independent, and Adam's step for each of them is the right one. The matrices of this package have at most 128
+    rows, so that all this costs little beside one gradient.
 
     Args:
         betas: of Adam's averages. basis_beta: of the averages whose eigenvectors are the basis.
@@ -18,9 +18,16 @@ class Soap(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters, lr, betas=(0.95, 0.95), basis_beta=0.95, basis_every=5, eps=1e-8):
-        super().__init__(parameters, {
-            "lr": lr, "betas": betas, "basis_beta": basis_beta, "basis_every": basis_every, "eps": eps,
-        })
+        super().__init__(
+            parameters,
+            {
+                "lr": lr,
+                "betas": betas,
+                "basis_beta": basis_beta,
+                "basis_every": basis_every,
+                "eps": eps,
+            },
+        )
 
     @torch.no_grad()
     def step(self):
@@ -41,9 +48,10 @@ class Soap(torch.optim.Optimizer):
         left.lerp_(gradient @ gradient.T, 1.0 - basis_beta)
         right.lerp_(gradient.T @ gradient, 1.0 - basis_beta)
         if step == 1:  # there is a basis now, but nothing to divide by yet
-            state["left_basis"], state["right_basis"] = (
-                torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right)  # the largest first, as QR keeps them
-            )
+            bases = [
+                torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right)
+            ]  # the largest first, as below
+            state["left_basis"], state["right_basis"] = bases
             return
         left_basis, right_basis = state["left_basis"], state["right_basis"]
         mean.lerp_(gradient, 1.0 - betas[0])
