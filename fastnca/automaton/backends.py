@@ -11,6 +11,8 @@ from . import cpu, reference, triton
 
 PRECISIONS = triton.PRECISIONS  # the other backends know some of these
 
+WORTHWHILE = 1.3  # times as fast as fp32: less is eaten up by what has to be done beside the products
+
 # In the order of preference.
 BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
 
@@ -54,5 +56,5 @@ def choose_device(backend="auto"):
 
 
 def fastest_precision(backend):
-    """The precision to train in: "bf16" where it is known to be much faster and to learn as well, else "fp32"."""
-    return "bf16" if backend == "cpu" and cpu.capability() == "amx_bf16" else "fp32"
+    """The precision to train in: "bf16" where this processor multiplies much faster in it, else "fp32"."""
+    return "bf16" if backend == "cpu" and cpu.bf16_speedup() >= WORTHWHILE else "fp32"
