@@ -15,24 +15,28 @@ from functools import partial
 
 import torch
 
-from fastnca import RECIPES, DualSpecTNCA, decode_db
+from fastnca import DualSpecTNCA, decode_db
 from fastnca.automaton import backends, reference
 from fastnca.automaton.rule import CHANNELS, HIDDEN1, HIDDEN2, perception
+from fastnca.context import Places
 
 # Operations per cell and step, two for each multiply-add of the 1x1 convolutions. Training adds the hidden layers once
 # more, and the gradients of the activations and of the weights.
 HIDDEN_FLOPS = 2 * (perception(CHANNELS) * HIDDEN1 + HIDDEN1 * HIDDEN2)
 FORWARD_FLOPS = HIDDEN_FLOPS + 2 * HIDDEN2 * CHANNELS
 TRAINING_FLOPS = 3 * FORWARD_FLOPS + HIDDEN_FLOPS
+# What the initial grids know of place: every cell has its own state, so that no product is of equal numbers.
+COORDINATES = tuple((wave, axis, octave) for axis in "ft" for octave in range(3) for wave in ("sin", "cos"))
+RULES = ("plain", "context", "growth", "context and growth")
 FLIPPED = 1e-3  # share of the largest value by which a cell is off that has taken another path
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What an implementation is given to run: a model with the recipe's coordinates, initial grids and targets.
+    """What an implementation is given to run: a model, initial grids and targets.
 
     width: frames T. batch: N. n_mels, n_linear: bands H of the two grids. lively: cells die and come back, and
-    rounding decides about some of them.
+    rounding decides about some of them. rule: one of RULES; the peers know the plain one.
     """
 
     width: int
@@ -40,6 +44,7 @@ class Workload:
     n_mels: int = 80
     n_linear: int = 513
     lively: bool = False
+    rule: str = "plain"
     device: str = "cpu"
 
     @property
@@ -50,10 +55,19 @@ class Workload:
         """(DualSpecTNCA, initial grids [N, 16, H, T], targets [N, H, T] in dB), the same on every device."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
-            model = DualSpecTNCA(n_mels=self.n_mels, n_linear=self.n_linear, coordinates=RECIPES["default"].coordinates)
+            model = DualSpecTNCA(
+                n_mels=self.n_mels,
+                n_linear=self.n_linear,
+                context=Places() if "context" in self.rule else None,
+                growth="growth" in self.rule,
+                coordinates=COORDINATES,
+            )
             # The model is as after some epochs: every parameter has a gradient, every cell lives, and no value fades.
             torch.nn.init.normal_(model.update_mlp[-1].weight, std=2e-3)
             grids = [grid.repeat(self.batch, 1, 1, 1) for grid in model.seed(self.width)]
+            if "growth" in self.rule:
+                for grid in grids:
+                    grid[:, 1] = 1.0
             if self.lively:
                 torch.nn.init.normal_(model.update_mlp[-1].weight, std=5e-3)
                 torch.nn.init.normal_(model.update_mlp[-1].bias, std=1e-2)
@@ -109,8 +123,8 @@ class Model(_Torch):
 
     def __init__(self, workload, backend, precision="fp32", checkpoint_every=None, double=False):
         super().__init__(workload)
-        weights = self.model.state_dict()
-        self.model = DualSpecTNCA(**self.model.config, backend=backend, precision=precision).to(workload.device)
+        weights, config = self.model.state_dict(), {**self.model.config, "context": self.model.places}
+        self.model = DualSpecTNCA(**config, backend=backend, precision=precision).to(workload.device)
         self.model.load_state_dict(weights)
         if double:
             self.model.double()

@@ -32,6 +32,7 @@ from .. import report
 from ..implementations import (
     FORWARD_FLOPS,
     IMPLEMENTATIONS,
+    RULES,
     TITLES,
     TRAINING_FLOPS,
     Workload,
@@ -285,6 +286,12 @@ def steps(bench):
     return scale(bench, "training", "num_steps", {n: (n, workload, None) for n in counts})
 
 
+def context(bench, kind):
+    """What context and growth cost where every cell lives."""
+    num_steps = min(bench.size.steps, bench.size.forward_steps)
+    return scale(bench, kind, "rule", {rule: (num_steps, replace(bench.workload, rule=rule), None) for rule in RULES})
+
+
 def calls(bench):
     rows = []
     names = ["eager", *bench.ours]
@@ -350,6 +357,8 @@ SECTIONS = {
     "training_threads": ("Training: threads", partial(threads, kind="training")),
     "batches": ("Forward: batch size", batches),
     "steps": ("Training: number of steps", steps),
+    "context": ("Forward: what context and growth cost where every cell lives", partial(context, kind="forward")),
+    "training_context": ("Training: what context and growth cost", partial(context, kind="training")),
     "calls": ("Small grids: one step, called from Python", calls),
     "parity": (
         "Largest errors against float64: of one step and its gradients, and of an epoch's steps of a lively automaton",
@@ -365,6 +374,7 @@ COLUMNS = {
     "width": ("W", None),
     "threads": ("threads", None),
     "batch": ("batch", None),
+    "rule": ("rule", None),
     "num_steps": ("steps", None),
     "checkpoint_every": ("checkpoint_every", None),
     "capability": ("instruction set", None),
