@@ -19,7 +19,7 @@ from .sound_model import GrownSound, SoundCard, SoundModel
 from .training.trainer import Trainer
 from .version import __version__
 
-CHECKPOINT_VERSION = 5  # a checkpoint of another version cannot be resumed
+CHECKPOINT_VERSION = 6  # a checkpoint of another version cannot be resumed
 
 
 @dataclass(frozen=True)
