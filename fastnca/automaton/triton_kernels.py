@@ -179,14 +179,22 @@ def _places_of(
 ):
     """-> which cells of a tile are at which places [cells, places], and where in memory the places' context begins. A
     place outside the grid has that of the last place in it: no cell in the grid is there."""
-    SIDE: tl.constexpr = max(8, TILE_HEIGHT, TILE_WIDTH)
-    TERMS: tl.constexpr = 1 if DOT == "ieee" else 2
-    place = tl.arange(0, TERMS * 2 * SIDE)
-    is_at = _is_at(tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[:, None], place[None, :], TILE_WIDTH, SIDE)
-    row = tl.minimum(y0 + place % SIDE, height - 1) + tl.where(is_linear, mel_height, 0)
-    column = tl.minimum(x0 + place % SIDE, width - 1) + mel_height + linear_height
-    number = sample * (mel_height + linear_height + width) + tl.where(place % (2 * SIDE) < SIDE, row, column)
-    return is_at, context + (number * TERMS + place // (2 * SIDE)) * HIDDEN1
+    first = context + sample * (mel_height + linear_height + width) * HIDDEN1 * (1 if DOT == "ieee" else 2)
+    rows = tl.where(is_linear, mel_height, 0)
+    columns = mel_height + linear_height
+    if DOT == "ieee":
+        cell = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)
+        row = tl.minimum(y0 + cell // TILE_WIDTH, height - 1) + rows
+        column = tl.minimum(x0 + cell % TILE_WIDTH, width - 1) + columns
+        return first + row * HIDDEN1, first + column * HIDDEN1
+    else:
+        SIDE: tl.constexpr = max(8, TILE_HEIGHT, TILE_WIDTH)
+        place = tl.arange(0, 4 * SIDE)
+        is_at = _is_at(tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[:, None], place[None, :], TILE_WIDTH, SIDE)
+        row = tl.minimum(y0 + place % SIDE, height - 1) + rows
+        column = tl.minimum(x0 + place % SIDE, width - 1) + columns
+        number = tl.where(place % (2 * SIDE) < SIDE, row, column)
+        return is_at, first + (number * 2 + place // (2 * SIDE)) * HIDDEN1
 
 
 @triton.jit
@@ -195,9 +203,14 @@ def _units(p, w1, biases, is_at, places, unit, DOT: tl.constexpr):
     context. w1 has their weights alone."""
     b1 = tl.load(biases + unit)
     sum = tl.zeros((p.shape[0], w1.shape[1]), tl.float32) + b1[None, :]
+    sum = _dot(p, w1, sum, DOT)
     if places is not None:
-        sum = _dot(is_at, tl.load(places[:, None] + unit[None, :]), sum, DOT)
-    return _relu(_dot(p, w1, sum, DOT))
+        told = tl.load(places[:, None] + unit[None, :])
+        if DOT == "ieee":
+            sum += told + tl.load(is_at[:, None] + unit[None, :])
+        else:
+            sum = _dot(is_at, told, sum, DOT)
+    return _relu(sum)
 
 
 @triton.jit
@@ -262,20 +275,25 @@ def step(
         is_linear, sample, first, y0, x0, height, width, y, x, local = locate(
             tile, batch, mel_height, mel_width, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
         )
-        is_at, places = None, None
-        if context is not None:
-            corner = is_linear, sample, y0, x0, height, width
-            is_at, places = _places_of(context, *corner, mel_height, linear_height, TILE_HEIGHT, TILE_WIDTH, DOT)
         values = state_from + first * CHANNELS
         alpha = state_from + cells * CHANNELS + first
         state, p, life = _perceive(values, alpha, alpha, y, x, local, height, width, MASKED, False)
         exists = y >= 0
         if MASKED:
             tl.store(alpha + cells + local, life, mask=exists)
+            if GROWTH:
+                # Where it is needed it is loaded again: kept in registers until then, it took the place of operands.
+                tl.debug_barrier()
+        is_at, places = None, None
+        if context is not None:
+            corner = is_linear, sample, y0, x0, height, width
+            is_at, places = _places_of(context, *corner, mel_height, linear_height, TILE_HEIGHT, TILE_WIDTH, DOT)
         _, _, h2 = _hidden(p, w1, w2, biases, is_at, places, CHUNK, DOT)
         b3 = tl.load(biases + HIDDEN1 + HIDDEN2 + channel)
         change = _dot(h2, w3, tl.zeros((CELLS, CHANNELS), tl.float32) + b3[None, :], DOT)
         if GROWTH:
+            if MASKED:
+                life = tl.load(alpha + cells + local, mask=exists, other=0.0)
             change = tl.where(_grows(values, life, y, x, local, height, width, MASKED)[:, None], change, 0.0)
         u = state + change
         where = state_to + first * CHANNELS + (local * CHANNELS)[:, None] + channel[None, :]
@@ -485,6 +503,8 @@ def network_backward(
                 if DOT == "tf32":
                     p += 0.0
                     dh2 += 0.0
+                    if context is not None:
+                        is_at += 0.0
                 unit = j + tl.arange(0, CHUNK)
                 in_w1, in_w2 = _places(unit)
                 w1_units, w2_units = tl.load(w1 + in_w1), tl.load(w2 + in_w2)
