@@ -13,7 +13,7 @@ the gradient of every cell's life, and its second plane says which windows the c
 A program works on tiles of TILE_HEIGHT x TILE_WIDTH cells. A tile lies in one sample of one grid.
 
 The context, None without one, has for each sample the rows of mel, the rows of linear and the columns: 128 numbers for
-each of these places, in as many terms as their products need (`_terms`). A cell is told those of its row and its column
+each of these places, in two terms, a rounded one and the rest, where products round. A cell is told those of its row and its column
 by a product with zeros and ones, and the transposed product adds up their gradient for each place of a tile.
 """
 
