@@ -35,9 +35,9 @@ def rollout(
         reference.rollout(mel, weights, num_steps, life_mask, (mel_rows, columns), growth)
         reference.rollout(linear, weights, num_steps, life_mask, (linear_rows, columns), growth)
 
-    and differentiable in both grids, all weights and the context, once. Gradients that are finite or NaN are the reference's. Next
-    to an infinite gradient PyTorch multiplies the stencils' zeros by infinity, which gives NaN; the CPU kernels leave
-    these products out and may have an infinity there instead.
+    and differentiable in both grids, all weights and the context, once. Gradients that are finite or NaN are the
+    reference's. Next to an infinite gradient PyTorch multiplies the stencils' zeros by infinity, which gives NaN; the
+    CPU kernels leave these products out and may have an infinity there instead.
 
     Args:
         mel, linear: grids [N, 16, H, W], H and W free for each; float32 for the fused backends. The reference takes

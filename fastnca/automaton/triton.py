@@ -321,7 +321,7 @@ def _pack(weights, context, precision):
 
 
 def _pack_context(context, precision):
-    """[N, places, terms, 128], as many terms as it takes for products that round their operands to keep 16 bits."""
+    """[N, places, 128] in fp32. Else [N, places, 2, 128], two terms, of which products keep 16 bits in all."""
     tables = torch.cat([table.detach() for table in context], dim=2).transpose(1, 2)
     if precision == "fp32":
         return tables.contiguous()

@@ -13,8 +13,9 @@ the gradient of every cell's life, and its second plane says which windows the c
 A program works on tiles of TILE_HEIGHT x TILE_WIDTH cells. A tile lies in one sample of one grid.
 
 The context, None without one, has for each sample the rows of mel, the rows of linear and the columns: 128 numbers for
-each of these places, in two terms, a rounded one and the rest, where products round. A cell is told those of its row and its column
-by a product with zeros and ones, and the transposed product adds up their gradient for each place of a tile.
+each of these places. Where products round it has them as the sum of two terms, the first rounded to bf16, and a product
+with zeros and ones tells every cell those of its row and its column. In fp32 the cells load them. The backward pass
+adds up their gradient for each row and column of a tile by a product with zeros and ones, too.
 """
 
 import math
@@ -177,8 +178,9 @@ def _places_of(
     TILE_WIDTH: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """-> which cells of a tile are at which places [cells, places], and where in memory the places' context begins. A
-    place outside the grid has that of the last place in it: no cell in the grid is there."""
+    """-> which cells of a tile are at which places [cells, places], and where in memory the places' context begins; in
+    fp32, where in memory that of each cell's row begins and that of its column. A place outside the grid has that of
+    the last place in it: no cell in the grid is there."""
     first = context + sample * (mel_height + linear_height + width) * HIDDEN1 * (1 if DOT == "ieee" else 2)
     rows = tl.where(is_linear, mel_height, 0)
     columns = mel_height + linear_height
@@ -235,8 +237,8 @@ def _hidden(p, w1, w2, biases, is_at, places, CHUNK: tl.constexpr, DOT: tl.const
 
 @triton.jit
 def _grows(values, life, y, x, local, height, width, MASKED: tl.constexpr):
-    """[cells]: whether anything lives in the 3x3 window of the state that the step sees. Where that has been read
-    through the life mask, which it is zero without, something does wherever the mask is not zero."""
+    """[cells]: whether anything lives in the 3x3 window of the state that the step sees. Read through the life mask
+    (`MASKED`) something does wherever the mask is not zero: the largest alpha of the window lives itself."""
     if MASKED:
         return life > 0.0
     else:
@@ -410,8 +412,8 @@ def _add_matrix(sums, values, COLUMNS: tl.constexpr):
 def _add_first_bias(
     sums, places_sums, dh1, unit, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, DOT: tl.constexpr
 ):
-    """Adds the gradient of what the first layer's sums begin with to that of each of the tile's places, or without
-    context to that of b1, which is the sum over the rows of both grids otherwise."""
+    """Adds up the gradient of the first layer's sums, for each of the tile's places or, without context, for b1: with
+    context the gradient of b1 is the sum of that of all rows."""
     if places_sums is None:
         _add(sums + B1 + unit, tl.sum(dh1, 0))
     else:
