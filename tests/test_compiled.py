@@ -1,4 +1,4 @@
-"""What the kernels compile to, without a GPU: hardly anything spills, all fits, and every kernel still does its work."""
+"""What the kernels compile to, without a GPU: hardly anything spills, all fits, and every kernel does its work."""
 
 import csv
 import subprocess
