@@ -9,29 +9,34 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastnca.automaton import backends, cpu, ops, reference
-from fastnca.automaton.rule import ALPHA, CHANNELS, WEIGHT_NAMES, weight_shapes
+from fastnca.automaton.rule import ALPHA, CHANNELS, CONTEXT_NAMES, HIDDEN1, WEIGHT_NAMES, weight_shapes
 
 INPUTS = ("mel", "linear", *WEIGHT_NAMES)
-RESULTS = ("final_mel", "final_linear", *INPUTS)  # the final grids and the gradients of the inputs
+RESULTS = ("final_mel", "final_linear", *INPUTS)  # the final grids and the gradients of the inputs; context's follow
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Both initial grids, the weights, and the gradients of both final grids; all are lists of float32 tensors."""
+    """Both initial grids, the weights, the gradients of both final grids and the context, if any; all are lists of
+    float32 tensors. And whether the rollout is one with growth."""
 
     grids: list
     weights: list
     grads: list
+    context: list = ()
+    growth: bool = False
 
     def __iter__(self):
         return iter((self.grids, self.weights, self.grads))
 
 
-def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False):
+def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False, tables=0, growth=False):
     """A random Problem of two grids [n, 16, height, width] with those ``sizes``.
 
     alpha_levels: all that alpha may be, so that windows have ties and gates are at their edges; else 0 to 1.
     resting: weights that leave alpha exactly as it is, whatever the rounding, and give every parameter a gradient.
+    tables: the batch of the context's tables, 1 or n, or 0 for none.
+    growth: with growth, and nothing lives beyond the first two columns.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = []
@@ -47,15 +52,20 @@ def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False):
         alpha = torch.rand(n, *size, generator=generator)
         if alpha_levels is not None:
             alpha = torch.tensor(alpha_levels)[(alpha * len(alpha_levels)).long()]
+        if growth:
+            alpha[..., 2:] = 0.0
         grid[:, ALPHA] = alpha
         grids.append(grid)
-    return Problem(grids, weights, [torch.randn(grid.shape, generator=generator) for grid in grids])
+    grads = [torch.randn(grid.shape, generator=generator) for grid in grids]
+    lengths = (sizes[0][0], sizes[1][0], sizes[0][1]) if tables else ()
+    context = [torch.randn(tables, HIDDEN1, length, generator=generator) for length in lengths]
+    return Problem(grids, weights, grads, context, growth)
 
 
 @lru_cache(maxsize=64)
-def smooth_problem(sizes, num_steps, life_mask=True, n=1):
+def smooth_problem(sizes, num_steps, life_mask=True, n=1, **options):
     """Of ten seeds the Problem whose rollout keeps farthest from kinks: float32 and float64 must agree tightly."""
-    problems = [make_problem(sizes, n, seed) for seed in range(10)]
+    problems = [make_problem(sizes, n, seed, **options) for seed in range(10)]
     with threads(1):
         distances = [distance_from_kinks(problem, num_steps, life_mask) for problem in problems]
     distance = max(distances)
@@ -75,12 +85,15 @@ def distance_from_kinks(problem, num_steps, life_mask=True):
         nearest = torch.minimum(nearest, distance.abs().where(distance.isfinite() & (distance != 0), torch.inf).min())
 
     weights = w1, b1, w2, b2, w3, b3 = [weight.double() for weight in problem.weights]
-    for s in problem.grids:
+    for s, context in zip(problem.grids, contexts([table.double() for table in problem.context])):
         s = s.double()
         for _ in range(num_steps):
             h1 = F.conv2d(reference.perceive(s), w1, b1)
+            if context:
+                h1 = h1 + context[0][..., None] + context[1][:, :, None]
             h2 = F.conv2d(F.relu(h1), w2, b2)
-            alpha = (s + F.conv2d(F.relu(h2), w3, b3))[:, ALPHA : ALPHA + 1]
+            ds = F.conv2d(F.relu(h2), w3, b3)
+            alpha = (s + (ds * reference.alive(s) if problem.growth else ds))[:, ALPHA : ALPHA + 1]
             see(h1)
             see(h2)
             if life_mask:
@@ -88,12 +101,21 @@ def distance_from_kinks(problem, num_steps, life_mask=True):
                 see(alpha - 1)
                 windows = F.unfold(F.pad(alpha.clamp(0, 1), (1, 1, 1, 1), value=-1.0), 3).topk(2, dim=1).values
                 see(windows[:, 0] - windows[:, 1])
-            s = reference.step(s, weights, life_mask)
+            s = reference.step(s, weights, life_mask, context, problem.growth)
     return nearest.item()
 
 
+def contexts(tables):
+    """Of mel and of linear, as the reference takes them; ``tables`` are those of ops.rollout, if any."""
+    return ((tables[0], tables[2]), (tables[1], tables[2])) if tables else (None, None)
+
+
 def reference_rollout(num_steps, life_mask=True):
-    return lambda mel, linear, weights: [reference.rollout(s, weights, num_steps, life_mask) for s in (mel, linear)]
+    def rollout(mel, linear, weights, context=None, growth=False):
+        grids = zip((mel, linear), contexts(context))
+        return [reference.rollout(s, weights, num_steps, life_mask, of_grid, growth) for s, of_grid in grids]
+
+    return rollout
 
 
 @contextmanager
@@ -108,11 +130,15 @@ def threads(number):
 
 
 def run(rollout, problem, dtype=torch.float32):
-    """The RESULTS of ``rollout(mel, linear, weights)`` and its backward pass, by name."""
-    inputs = [x.to(dtype).detach().requires_grad_() for x in (*problem.grids, *problem.weights)]
-    outputs = rollout(inputs[0], inputs[1], inputs[2:])
+    """The RESULTS of ``rollout(mel, linear, weights)`` and its backward pass, by name. Where the problem has context or
+    growth these are two more arguments."""
+    inputs = [x.to(dtype).detach().requires_grad_() for x in (*problem.grids, *problem.weights, *problem.context)]
+    mel, linear, *weights = inputs[: len(INPUTS)]
+    more = (inputs[len(INPUTS) :] or None, problem.growth) if problem.context or problem.growth else ()
+    outputs = rollout(mel, linear, weights, *more)
     gradients = torch.autograd.grad(outputs, inputs, [grad.to(dtype) for grad in problem.grads])
-    return dict(zip(RESULTS, (*(x.detach() for x in outputs), *gradients), strict=True))
+    names = (*RESULTS, *CONTEXT_NAMES) if problem.context else RESULTS
+    return dict(zip(names, (*(x.detach() for x in outputs), *gradients), strict=True))
 
 
 def assert_same_bits(actual, expected):
@@ -218,14 +244,15 @@ def assert_errs_as_float32(actual, problem, num_steps, life_mask=True, slack=1e-
 
 
 def assert_rounds_operands_alone(actual, problem, num_steps, life_mask=True, bias_bound=0.25):
-    """The error of bf16 products is that of rounding their operands to bf16, and nothing else."""
+    """The error of bf16 products is that of rounding their operands to bf16, and nothing else. The judge rounds what
+    the gradient of a bias sums up and not what that of the context does; a backend may do either for both."""
     exact = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
     with Products(RoundedProduct.apply):
         judge = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
     for name, expected in judge.items():
         error, rounding = ((x[name] - expected).norm() / expected.norm() for x in (actual, exact))
         # A float32 sum that falls on the other side of a rounding border than its float64 twin moves by a bf16 unit.
-        bound = bias_bound if name.startswith("b") else 0.25
+        bound = bias_bound if name.startswith("b") or name in CONTEXT_NAMES else 0.25
         assert error < bound * rounding, f"{name}: error {error:.2e}, of the rounding itself {rounding:.2e}"
 
 
@@ -261,9 +288,10 @@ class Backend:
     def rollout(self, num_steps, **options):
         """The rollout under test; its inputs and outputs are on the CPU."""
 
-        def rollout(mel, linear, weights):
+        def rollout(mel, linear, weights, context=None, growth=False):
             mel, linear, *weights = (x.to(self.device) for x in (mel, linear, *weights))
-            return [x.cpu() for x in ops.rollout(mel, linear, weights, num_steps, backend=self.name, **options)]
+            more = {"context": context and [x.to(self.device) for x in context], "growth": growth, **options}
+            return [x.cpu() for x in ops.rollout(mel, linear, weights, num_steps, backend=self.name, **more)]
 
         return rollout
 

@@ -175,13 +175,14 @@ def test_bf16_rounds_operands_and_nothing_else(backend, life_mask):
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_opcheck(backend, save_every):
     inputs = backend.inputs(parity.make_problem(((2, 3), (3, 2))), requires_grad=save_every > 0)
-    torch.library.opcheck(ops.rollout_op, (*inputs, 1, save_every, True, "fp32", backend.name))
+    torch.library.opcheck(ops.rollout_op, (*inputs, [], 1, save_every, True, False, "fp32", backend.name))
 
 
 def test_opcheck_backward(backend):
     mel, linear, weights = backend.inputs(parity.make_problem(((2, 3), (3, 2))), requires_grad=False)
-    states = ops.rollout_op(mel, linear, weights, 1, 1, True, "fp32", backend.name)[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, 1, 1, True, "fp32", backend.name))
+    options = [], 1, 1, True, False, "fp32", backend.name
+    states = ops.rollout_op(mel, linear, weights, *options)[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, *options))
 
 
 def test_compiles_to_one_graph(backend):
@@ -272,7 +273,7 @@ def test_states_are_saved_only_for_a_gradient(backend):
 
 def test_unsaved_states_are_reported(backend):
     inputs = backend.inputs(parity.make_problem(((2, 3), (3, 2))))
-    outputs = ops.rollout_op(*inputs, 1, 0, True, "fp32", backend.name)
+    outputs = ops.rollout_op(*inputs, [], 1, 0, True, False, "fp32", backend.name)
     with pytest.raises(RuntimeError, match="saved no states"):
         outputs[0].sum().backward()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from itertools import product
 
 import interpreter
 import parity
@@ -40,12 +41,21 @@ def make_inputs(requires_grad=True, height=5, width=9):
     return TRITON.inputs(parity.make_problem(((height, width), (height, width))), requires_grad)
 
 
+def make_context(height, width):
+    """Tables for the grids of make_inputs."""
+    return [torch.zeros(1, 128, length, device=DEVICE) for length in (height, height, width)]
+
+
+TOLD = {"tables": 1, "growth": True}
+
+
+@pytest.mark.parametrize("options", [{}, TOLD], ids=["plain", "told"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_in_the_shapes_of_the_table(precision):
+def test_in_the_shapes_of_the_table(precision, options):
     """Interpreted, tf32 products are exact: both precisions' tiles, slices and programs, to the accuracy of float32."""
     if DEVICE != "cpu" and precision == "tf32":
         pytest.skip("tf32 rounds")
-    problem = parity.smooth_problem(((3, 3), (2, 2)), 1)
+    problem = parity.smooth_problem(((3, 3), (2, 3)), 1, **options)
     parity.assert_errs_as_float32(parity.run(TRITON.rollout(1, precision=precision), problem), problem, 1)
 
 
@@ -58,10 +68,60 @@ def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch)
     parity.assert_same_bits(results[1], results[0])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "n", "steps", "checkpoint_every", "options"),
+    [
+        (((2, 3), (3, 3)), 2, 1, None, {"tables": 2}),  # tables for each sample
+        (((2, 5), (3, 5)), 2, 2, 2, TOLD),  # tables for both samples
+        (((4, 6), (5, 7)), 1, 2, None, {"growth": True}),
+        (((3, 9), (9, 9)), 1, 1, None, TOLD),  # grids of several tiles
+    ],
+    ids=str,
+)
+def test_context_and_growth(monkeypatch, sizes, n, steps, checkpoint_every, options):
+    interpreter.set_shapes(monkeypatch, tile=(8, 8))
+    problem = parity.smooth_problem(sizes, steps, n=n, **options)
+    actual = parity.run(TRITON.rollout(steps, checkpoint_every=checkpoint_every), problem)
+    parity.assert_errs_as_float32(actual, problem, steps)
+
+
+def test_bf16_keeps_sixteen_bits_of_the_context(large_tiles):
+    problem = parity.smooth_problem(((5, 4), (3, 4)), 1, **TOLD)
+    actual = parity.run(TRITON.rollout(1, precision="bf16"), problem)
+    parity.assert_rounds_operands_alone(actual, problem, 1, bias_bound=2.0)
+
+
+def told_inputs(requires_grad=True):
+    problem = parity.make_problem(((2, 3), (3, 3)), **TOLD)
+    tables = [table.to(DEVICE).requires_grad_(requires_grad) for table in problem.context]
+    return *TRITON.inputs(problem, requires_grad), tables
+
+
+def test_opcheck_with_context_and_growth(large_tiles):
+    options = 1, 1, True, True, "fp32", "triton"
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"  # what compiles is in the next test
+    torch.library.opcheck(ops.rollout_op, (*told_inputs(), *options), test_utils=checks)
+    mel, lin, weights, tables = told_inputs(requires_grad=False)
+    states = ops.rollout_op(mel, lin, weights, tables, *options)[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, lin, states, weights, tables, *options), test_utils=checks)
+
+
+def test_context_and_growth_compile_to_one_graph(large_tiles):
+    mel, lin, weights, tables = told_inputs()
+    inputs = mel, lin, *weights, *tables
+
+    def rollout(mel, lin, weights, tables):
+        return sum(x.sum() for x in ops.rollout(mel, lin, weights, 1, context=tables, growth=True, backend="triton"))
+
+    compiled = torch.compile(rollout, fullgraph=True, backend="aot_eager")
+    actual, expected = (torch.autograd.grad(f(mel, lin, weights, tables), inputs) for f in (compiled, rollout))
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches and memory
 
-KERNELS = ("step", "network_backward", "stencil_backward", "load_planar", "store_planar", "sum_groups")
+KERNELS = ("step", "network_backward", "stencil_backward", "load_planar", "store_planar", "sum_groups", "sum_places")
 
 
 @contextmanager
@@ -81,8 +141,8 @@ def every_launch(seen):
         yield
 
 
-@pytest.mark.parametrize(("checkpoint_every", "steps"), [(None, 3), (3, 6)])
-def test_launches_per_step(large_tiles, checkpoint_every, steps):
+@pytest.mark.parametrize(("checkpoint_every", "steps", "told"), [(None, 3, True), (3, 6, False)])
+def test_launches_per_step(large_tiles, checkpoint_every, steps, told):
     def count(num_steps, backward):
         launches = Counter()
 
@@ -91,8 +151,9 @@ def test_launches_per_step(large_tiles, checkpoint_every, steps):
             return launch()
 
         inputs = make_inputs(requires_grad=backward, height=2, width=2)
+        rule = {"context": make_context(2, 2), "growth": True} if told else {}
         with every_launch(seen):
-            outputs = ops.rollout(*inputs, num_steps, backend="triton", checkpoint_every=checkpoint_every)
+            outputs = ops.rollout(*inputs, num_steps, backend="triton", checkpoint_every=checkpoint_every, **rule)
             if backward:
                 forward, launches = launches, Counter()
                 sum(x.sum() for x in outputs).backward()
@@ -104,7 +165,7 @@ def test_launches_per_step(large_tiles, checkpoint_every, steps):
     each = {"network_backward": steps, "stencil_backward": steps, "load_planar": 1, "sum_groups": 1}
     # A replayed segment of three steps takes two steps and leaves the last one's life mask by a masked read.
     expected = {**each, "store_planar": 1} if checkpoint_every is None else {**each, "store_planar": 3, "step": 4}
-    assert launches == expected
+    assert launches == ({**expected, "sum_places": 1} if told else expected)
 
 
 def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large_tiles, monkeypatch):
@@ -129,8 +190,9 @@ def test_memory_is_allocated_once_and_a_rollout_asks_nothing_of_the_device(large
         monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
         mel, lin, weights = make_inputs(requires_grad=False, height=2, width=2)
         states = mel.new_zeros(num_steps + 1, triton.state_floats(mel, lin, True))
-        triton.rollout(mel, lin, weights, num_steps, 1, True, "fp32", states)
-        triton.rollout_backward(mel, lin, states, weights, num_steps, 1, True, "fp32")
+        options = make_context(2, 2), num_steps, 1, True, True, "fp32"
+        triton.rollout(mel, lin, weights, *options, states)
+        triton.rollout_backward(mel, lin, states, weights, *options)
         counts.append(len(allocated))
     assert counts[0] == counts[1]
 
@@ -203,9 +265,10 @@ class Memory:
 
 
 @interpreted
-@pytest.mark.parametrize("life_mask", [True, False], ids=["masked", "unmasked"])
-def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles, life_mask):
-    mel, lin, weights = TRITON.inputs(parity.make_problem(((3, 9), (9, 2)), n=2))
+@pytest.mark.parametrize(("life_mask", "told"), [(True, True), (False, False)], ids=str)
+def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles, life_mask, told):
+    mel, lin, weights = TRITON.inputs(parity.make_problem(((3, 9), (9, 9 if told else 2)), n=2))
+    tables = [torch.zeros(2, 128, length, requires_grad=True) for length in (3, 9, 9)] if told else None
     cells = (mel.numel() + lin.numel()) // 16
     seen = Counter()
 
@@ -233,10 +296,20 @@ def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles
             assert_written("linear", 0, lin.numel())
         elif name == "network_backward":
             assert_written("gradient_perception", 0, 64 * cells)
+            written = set()
+            if told:
+                assert_written("gradient_places", 0, arguments["gradient_places"].numel())
+                written.update(range(*memory.regions["gradient_places"], 4))
             groups = arguments["gradient_groups"]
-            assert set(memory.writes) == set(
-                memory.regions["gradient_perception"][0] + 4 * i for i in range(64 * cells)
-            ) | set(groups.data_ptr() + 4 * i for i in range(groups.numel()))
+            unchanged = 4 * 128 if told else 0  # the place of b1, whose gradient is that of the rows
+            b1 = groups.data_ptr() + 4 * sum(triton._PARTS[:3])
+            written.update(
+                range(*memory.regions["gradient_perception"], 4), range(*memory.regions["gradient_groups"], 4)
+            )
+            for group in range(len(groups)):
+                begin = b1 + 4 * group * groups.shape[1]
+                written.difference_update(range(begin, begin + unchanged, 4))
+            assert set(memory.writes) == written
         elif name == "stencil_backward":
             assert_written("gradient_from", 0, values + (2 * cells if masked else 0))
         else:
@@ -244,9 +317,10 @@ def test_every_access_is_in_bounds_and_every_element_is_written_once(large_tiles
 
     with pytest.MonkeyPatch.context() as patch, every_launch(seen_launch):
         memory = Memory(patch)
-        outputs = ops.rollout(mel, lin, weights, 3, life_mask=life_mask, checkpoint_every=2, backend="triton")
+        rule = {"life_mask": life_mask, "context": tables, "growth": told}
+        outputs = ops.rollout(mel, lin, weights, 3, checkpoint_every=2, backend="triton", **rule)
         sum(x.sum() for x in outputs).backward()
-    assert set(seen) == set(KERNELS)
+    assert set(seen) == set(KERNELS if told else KERNELS[:-1])
 
 
 @interpreted
@@ -262,17 +336,19 @@ def test_the_list_of_compilations_is_what_is_launched(precision):
         if precision == "bf16" and "DOT" in constexprs:
             constexprs["DOT"] = "bf16"
         options = {name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
+        constexprs |= {name: None for name in ("context", "gradient_places") if arguments.get(name, 0) is None}
         launched.add(key(kernel, constexprs, options))
-        return launch()
 
     for name, kernel, signature, constexprs, _, options in triton.compilations(80, precision):
         assert list(signature) == list(kernel.arg_names)
         listed[key(kernel, constexprs, options)] = name
     inputs = make_inputs(height=1, width=1)
     with every_launch(seen):
-        for life_mask in (True, False):
-            outputs = ops.rollout(*inputs, 2, backend="triton", life_mask=life_mask, precision=precision)
-            sum(x.sum() for x in outputs).backward()
+        for life_mask, growth, context in product((True, False), (True, False), (make_context(1, 1), None)):
+            if life_mask or not growth:
+                rule = {"life_mask": life_mask, "growth": growth, "context": context}
+                outputs = ops.rollout(*inputs, 2, backend="triton", precision=precision, **rule)
+                sum(x.sum() for x in outputs).backward()
     assert launched == set(listed)
     assert len(set(listed.values())) == len(listed)
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 
@@ -158,7 +158,8 @@ def compilations(architecture, precision):
             elif parameter in (*kernels.SIZES, "groups"):
                 signature[parameter] = "i32"
             else:
-                signature[parameter] = "*bf16" if parameter == "weights" and precision == "bf16" else "*fp32"
+                packed = parameter in ("weights", "context")
+                signature[parameter] = "*bf16" if packed and precision == "bf16" else "*fp32"
                 if parameter not in kernels.CALLERS_TENSORS:
                     attrs[(position,)] = [["tt.divisibility", 16]]
         yield name, fn, signature, constexprs, attrs, _options(shape)
@@ -169,16 +170,22 @@ def _variants(kernels, config, dot):
         word = "masked" if masked else "unmasked"
         for life_mask in (True, False) if not masked else (True,):
             suffix = word if masked or life_mask else "no life mask"
-            for kernel, shape in ((kernels.step, config.step), (kernels.network_backward, config.backward)):
-                constexprs = {"MASKED": masked, "LIFE_MASK": life_mask, **_network(shape, dot)}
-                yield f"{kernel.__name__}, {suffix}", kernel, constexprs, shape
+            for context, growth in product((False, True), (False, True) if life_mask else (False,)):
+                name = suffix + ", context" * context + ", growth" * growth
+                rule = {"MASKED": masked, "LIFE_MASK": life_mask, "GROWTH": growth}
+                for kernel, shape in ((kernels.step, config.step), (kernels.network_backward, config.backward)):
+                    nothing = {} if context else {key: None for key in _CONTEXT if key in kernel.arg_names}
+                    constexprs = {**nothing, **rule, **_network(shape, dot)}
+                    yield f"{kernel.__name__}, {name}", kernel, constexprs, shape
         for kernel in (kernels.stencil_backward, kernels.load_planar, kernels.store_planar):
             constexprs = {"MASKED": masked, **_tile(MEMORY_BOUND_SHAPE)}
             yield f"{kernel.__name__}, {word}", kernel, constexprs, MEMORY_BOUND_SHAPE
     yield "sum_groups", kernels.sum_groups, {"BLOCK": _SUM_BLOCK}, MEMORY_BOUND_SHAPE
+    yield "sum_places", kernels.sum_places, _tile(config.backward), MEMORY_BOUND_SHAPE
 
 
 _SUM_BLOCK = 128
+_CONTEXT = ("context", "gradient_places")  # arguments that are None without context
 
 
 def _tile(shape):
@@ -200,7 +207,7 @@ def _options(shape):
 class _Launcher:
     """The kernels' launches for one rollout, on the current stream: nothing here waits for the device."""
 
-    def __init__(self, mel, linear, life_mask, precision):
+    def __init__(self, mel, linear, life_mask, growth, precision):
         from . import triton_kernels as kernels
 
         for name, grid in (("mel", mel), ("linear", linear)):
@@ -211,7 +218,7 @@ class _Launcher:
         self.kernels = kernels
         self.sizes = (mel.shape[0], *mel.shape[2:], *linear.shape[2:])
         self.grid_shapes = mel.shape, linear.shape
-        self.life_mask = life_mask
+        self.rule = {"LIFE_MASK": life_mask, "GROWTH": growth}
         self.dot = _DOT[precision]
         if interpreting():
             self.config = configuration(80, precision)
@@ -234,7 +241,7 @@ class _Launcher:
         self._launch(kernel, self._tiles(shape), *arguments, MASKED=masked, **_tile(shape), **_options(shape))
 
     def _launch_network(self, kernel, shape, programs, *arguments, masked):
-        constexprs = {"MASKED": masked, "LIFE_MASK": self.life_mask, **_network(shape, self.dot)}
+        constexprs = {"MASKED": masked, **self.rule, **_network(shape, self.dot)}
         self._launch(kernel, programs, *arguments, **constexprs, **_options(shape))
 
     def load(self, mel, linear, rows, state=None):
@@ -252,9 +259,9 @@ class _Launcher:
         programs = min(self.config.programs, self._tiles(shape))
         self._launch_network(self.kernels.step, shape, programs, state_from, state_to, *network, masked=masked)
 
-    def step_back(self, state_from, gradient_to, grad_perception, gradient_from, groups, network, masked):
+    def step_back(self, state_from, gradient_to, grad_perception, gradient_from, sums, network, masked):
         """``grad_perception`` is memory that one step's two launches share."""
-        arguments = state_from, gradient_to, grad_perception, groups, *network
+        arguments = state_from, gradient_to, grad_perception, *sums, *network
         shape = self.config.backward
         self._launch_network(self.kernels.network_backward, shape, self.groups, *arguments, masked=masked)
         self._launch_memory_bound(
@@ -267,6 +274,19 @@ class _Launcher:
         options = {"BLOCK": _SUM_BLOCK, **_options(MEMORY_BOUND_SHAPE)}
         self.kernels.sum_groups[(programs,)](groups, total, groups.shape[0], **options)
         return total
+
+    def new_places(self, states):
+        """Memory for the sums of the context's gradient: of each row and each column of each tile."""
+        shape = self.config.backward
+        return states.new_zeros(self._tiles(shape), sum(shape.tile), HIDDEN1)
+
+    def sum_places(self, places):
+        batch, mel_height, width, linear_height, _ = self.sizes
+        lengths = mel_height, linear_height, width
+        total = places.new_empty(batch, sum(lengths), HIDDEN1)
+        options = {**_tile(self.config.backward), **_options(MEMORY_BOUND_SHAPE)}
+        self._launch(self.kernels.sum_places, batch * sum(lengths), places, total, **options)
+        return [table.transpose(1, 2).contiguous() for table in total.split(lengths, dim=1)]
 
 
 def _cells(mel, linear):
@@ -288,15 +308,26 @@ def state_floats(mel, linear, life_mask):
 _PARTS = [math.prod(shape) for shape in weight_shapes()[::2] + weight_shapes()[1::2]]
 
 
-def _pack(weights, precision):
-    """-> the matrices [in, out] and then [out, in], the first layer's inputs in the kernels' order; and the biases."""
+def _pack(weights, context, precision):
+    """-> the matrices [in, out] and then [out, in], the first layer's inputs in the kernels' order; the biases; and the
+    context by place, or None."""
     w1, b1, w2, b2, w3, b3 = (weight.detach() for weight in weights)
     w1 = w1.view(HIDDEN1, STENCILS, CHANNELS).transpose(1, 2).reshape(HIDDEN1, perception())
     matrices = w1, w2.view(HIDDEN2, HIDDEN1), w3.view(CHANNELS, HIDDEN2)
     packed = torch.cat([m.t().reshape(-1) for m in matrices] + [m.reshape(-1) for m in matrices])
     if precision == "bf16" and not interpreting():
         packed = packed.bfloat16()
-    return packed, torch.cat([b1, b2, b3])
+    return packed, torch.cat([b1, b2, b3]), _pack_context(context, precision) if context else None
+
+
+def _pack_context(context, precision):
+    """[N, places, 128] in fp32. Else [N, places, 2, 128], two terms, of which products keep 16 bits in all."""
+    tables = torch.cat([table.detach() for table in context], dim=2).transpose(1, 2)
+    if precision == "fp32":
+        return tables.contiguous()
+    high = tables.bfloat16().float()
+    packed = torch.stack([high, tables - high], dim=2)
+    return packed.bfloat16() if precision == "bf16" and not interpreting() else packed
 
 
 def _unpack(total):
@@ -319,10 +350,10 @@ def _on_device_of_first(function):
 
 
 @_on_device_of_first
-def rollout(mel, linear, weights, num_steps, save_every, life_mask, precision, states):
+def rollout(mel, linear, weights, context, num_steps, save_every, life_mask, growth, precision, states):
     """-> final (mel, linear). ``states`` receives every ``save_every``-th state and the last, or is None."""
-    launcher = _Launcher(mel, linear, life_mask, precision)
-    network = _pack(weights, precision)
+    launcher = _Launcher(mel, linear, life_mask, growth, precision)
+    network = _pack(weights, context, precision)
     saved = {} if states is None else dict(zip(saved_steps(num_steps, save_every), states))
     unsaved = None
     if len(saved) <= num_steps:
@@ -342,15 +373,18 @@ def rollout(mel, linear, weights, num_steps, save_every, life_mask, precision, s
 
 
 @_on_device_of_first
-def rollout_backward(grad_mel, grad_linear, states, weights, num_steps, save_every, life_mask, precision):
-    """-> gradients of the initial mel, of the initial linear and of the weights, a list."""
-    launcher = _Launcher(grad_mel, grad_linear, life_mask, precision)
-    network = _pack(weights, precision)
+def rollout_backward(
+    grad_mel, grad_linear, states, weights, context, num_steps, save_every, life_mask, growth, precision
+):
+    """-> gradients of the initial mel, of the initial linear, of the weights and of the context, the last two lists."""
+    launcher = _Launcher(grad_mel, grad_linear, life_mask, growth, precision)
+    network = _pack(weights, context, precision)
     floats = states.shape[1]
     replayed = states.new_empty(min(save_every, num_steps) - 1, floats)
     gradients = states.new_empty(2, floats)
     grad_perception = states.new_empty(_cells(grad_mel, grad_linear) * perception())
     groups = states.new_zeros(launcher.groups, sum(_PARTS))
+    places = launcher.new_places(states) if context else None
 
     grads = grad_mel.contiguous(), grad_linear.contiguous()
     launcher.load(*grads, gradients[num_steps % 2], states[-1] if life_mask else None)
@@ -368,9 +402,14 @@ def rollout_backward(grad_mel, grad_linear, states, weights, num_steps, save_eve
                 gradients[(step + 1) % 2],
                 grad_perception,
                 gradients[step % 2],
-                groups,
+                (groups, places),
                 network,
                 life_mask and step > 0,
             )
     grad_initial = launcher.store(gradients[0], False)
-    return *grad_initial, _unpack(launcher.sum_groups(groups))
+    grad_weights = _unpack(launcher.sum_groups(groups))
+    grad_context = launcher.sum_places(places) if context else []
+    if context:
+        # Every cell is in one row of one grid, and is told b1 beside that row's context.
+        grad_weights[1] = sum(rows.sum((0, 2)) for rows in grad_context[:2])
+    return *grad_initial, grad_weights, grad_context

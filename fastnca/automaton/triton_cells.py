@@ -9,6 +9,7 @@ import triton.language as tl
 from . import rule
 
 CHANNELS = tl.constexpr(rule.CHANNELS)
+ALPHA = tl.constexpr(rule.ALPHA)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 NO_CELL = tl.constexpr(-8)
 
@@ -29,8 +30,8 @@ def locate(
     TILE_HEIGHT: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
 ):
-    """-> whether the tile is of linear, its sample, its first cell in the state, the height and width of its grid, and
-    for each of its cells the row, the column and the place relative to the first cell.
+    """-> whether the tile is of linear, its sample, its first cell in the state, this cell's row and column, the height
+    and width of its grid, and for each of its cells the row, the column and the place relative to the first cell.
 
     A cell outside the grid gets the row NO_CELL, which is so far outside that no neighbor is in the grid either."""
     mel_tiles = count_tiles(batch, mel_height, mel_width, TILE_HEIGHT, TILE_WIDTH)
@@ -50,7 +51,7 @@ def locate(
     x = x0 + index % TILE_WIDTH
     local = index // TILE_WIDTH * width + index % TILE_WIDTH
     y = tl.where((y < height) & (x < width), y, NO_CELL)
-    return is_linear, sample.to(tl.int64), first, height, width, y, x, local
+    return is_linear, sample.to(tl.int64), first, y0, x0, height, width, y, x, local
 
 
 @triton.jit
@@ -75,6 +76,17 @@ def load_values(rows, y, x, local, height, width, dy: tl.constexpr, dx: tl.const
 def load_scalar(plane, y, x, local, height, width, dy: tl.constexpr, dx: tl.constexpr):
     """[cells]: the neighbors' numbers in a plane, zero outside the grid."""
     return tl.load(plane + local + (dy * width + dx), mask=in_grid(y + dy, x + dx, height, width), other=0.0)
+
+
+@triton.jit
+def find_alive(values, y, x, local, height, width):
+    """[cells]: whether anything lives in the 3x3 window, of a state that is read without a life mask."""
+    largest = tl.zeros(y.shape, tl.float32)
+    for k in tl.static_range(9):
+        offset = (local + ((k // 3 - 1) * width + k % 3 - 1)) * CHANNELS + ALPHA
+        inside = in_grid(y + (k // 3 - 1), x + (k % 3 - 1), height, width)
+        largest = tl.maximum(largest, tl.load(values + offset, mask=inside, other=0.0), propagate_nan=NAN)
+    return largest > 0.0
 
 
 @triton.jit

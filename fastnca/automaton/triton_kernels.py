@@ -11,6 +11,11 @@ A gradient is a row of the same form. Its values are the gradient of the state t
 the gradient of every cell's life, and its second plane says which windows the cell's alpha has won (see `_wins`).
 
 A program works on tiles of TILE_HEIGHT x TILE_WIDTH cells. A tile lies in one sample of one grid.
+
+The context, None without one, has for each sample the rows of mel, the rows of linear and the columns: 128 numbers for
+each of these places. Where products round it has them as the sum of two terms, the first rounded to bf16, and a product
+with zeros and ones tells every cell those of its row and its column. In fp32 the cells load them. The backward pass
+adds up their gradient for each row and column of a tile by a product with zeros and ones, too.
 """
 
 import math
@@ -20,11 +25,13 @@ import triton.language as tl
 
 from . import rule
 from .triton_cells import (
+    ALPHA,
     CHANNELS,
     NAN,
     clamped,
     count_cells,
     count_tiles,
+    find_alive,
     find_life,
     in_grid,
     life_of,
@@ -40,7 +47,6 @@ from .triton_cells import (
 PERCEPTION = tl.constexpr(rule.perception())
 HIDDEN1 = tl.constexpr(rule.HIDDEN1)
 HIDDEN2 = tl.constexpr(rule.HIDDEN2)
-ALPHA = tl.constexpr(rule.ALPHA)
 
 # Offsets of the layers in the packed weights and in the gradient of a group: first w1, w2 and w3, all [in, out], then
 # the biases.
@@ -150,20 +156,73 @@ def _places(unit):
 
 
 @triton.jit
-def _units(p, w1, biases, unit, DOT: tl.constexpr):
-    """[cells, units]: some units of the first hidden layer, of the perception p. w1 has their weights alone."""
-    b1 = tl.load(biases + unit)
-    return _relu(_dot(p, w1, tl.zeros((p.shape[0], w1.shape[1]), tl.float32) + b1[None, :], DOT))
+def _is_at(cell, place, TILE_WIDTH: tl.constexpr, SIDE: tl.constexpr):
+    """One where a cell of a tile is at a place, else zero: places 0 to SIDE - 1 are the tile's rows, then its columns
+    follow, and then, for the second term of the context, the same again."""
+    place %= 2 * SIDE
+    return tl.where(place < SIDE, cell // TILE_WIDTH == place, cell % TILE_WIDTH == place - SIDE).to(tl.float32)
 
 
 @triton.jit
-def _hidden(p, w1, w2, biases, CHUNK: tl.constexpr, DOT: tl.constexpr):
-    """Both hidden layers of the perception p -> p, the first layer where it is not computed in slices, the second.
-    w1 and w2 are what `_first_layers` returns."""
+def _places_of(
+    context,
+    is_linear,
+    sample,
+    y0,
+    x0,
+    height,
+    width,
+    mel_height,
+    linear_height,
+    TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """-> which cells of a tile are at which places [cells, places], and where in memory the places' context begins; in
+    fp32, where in memory that of each cell's row begins and that of its column. A place outside the grid has that of
+    the last place in it: no cell in the grid is there."""
+    first = context + sample * (mel_height + linear_height + width) * HIDDEN1 * (1 if DOT == "ieee" else 2)
+    rows = tl.where(is_linear, mel_height, 0)
+    columns = mel_height + linear_height
+    if DOT == "ieee":
+        cell = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)
+        row = tl.minimum(y0 + cell // TILE_WIDTH, height - 1) + rows
+        column = tl.minimum(x0 + cell % TILE_WIDTH, width - 1) + columns
+        return first + row * HIDDEN1, first + column * HIDDEN1
+    else:
+        SIDE: tl.constexpr = max(8, TILE_HEIGHT, TILE_WIDTH)
+        place = tl.arange(0, 4 * SIDE)
+        is_at = _is_at(tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[:, None], place[None, :], TILE_WIDTH, SIDE)
+        row = tl.minimum(y0 + place % SIDE, height - 1) + rows
+        column = tl.minimum(x0 + place % SIDE, width - 1) + columns
+        number = tl.where(place % (2 * SIDE) < SIDE, row, column)
+        return is_at, first + (number * 2 + place // (2 * SIDE)) * HIDDEN1
+
+
+@triton.jit
+def _units(p, w1, biases, is_at, places, unit, DOT: tl.constexpr):
+    """[cells, units]: some units of the first hidden layer, of the perception p and, unless `places` is None, of the
+    context. w1 has their weights alone."""
+    b1 = tl.load(biases + unit)
+    sum = tl.zeros((p.shape[0], w1.shape[1]), tl.float32) + b1[None, :]
+    sum = _dot(p, w1, sum, DOT)
+    if places is not None:
+        told = tl.load(places[:, None] + unit[None, :])
+        if DOT == "ieee":
+            sum += told + tl.load(is_at[:, None] + unit[None, :])
+        else:
+            sum = _dot(is_at, told, sum, DOT)
+    return _relu(sum)
+
+
+@triton.jit
+def _hidden(p, w1, w2, biases, is_at, places, CHUNK: tl.constexpr, DOT: tl.constexpr):
+    """Both hidden layers of the perception p and the context -> p, the first layer where it is not computed in slices,
+    the second. w1 and w2 are what `_first_layers` returns."""
     b2 = tl.load(biases + HIDDEN1 + tl.arange(0, HIDDEN2))
     h2 = tl.zeros((p.shape[0], HIDDEN2), tl.float32) + b2[None, :]
     if CHUNK == HIDDEN1:
-        h1 = _units(p, w1, biases, tl.arange(0, HIDDEN1), DOT)
+        h1 = _units(p, w1, biases, is_at, places, tl.arange(0, HIDDEN1), DOT)
         return p, h1, _relu(_dot(h1, w2, h2, DOT))
     else:
         for j in range(0, HIDDEN1, CHUNK):
@@ -172,8 +231,18 @@ def _hidden(p, w1, w2, biases, CHUNK: tl.constexpr, DOT: tl.constexpr):
             unit = j + tl.arange(0, CHUNK)
             in_w1, in_w2 = _places(unit)
             w1_units, w2_units = tl.load(w1 + in_w1), tl.load(w2 + in_w2)
-            h2 = _dot(_units(p, w1_units, biases, unit, DOT), w2_units, h2, DOT)
+            h2 = _dot(_units(p, w1_units, biases, is_at, places, unit, DOT), w2_units, h2, DOT)
         return p, p, _relu(h2)
+
+
+@triton.jit
+def _grows(values, life, y, x, local, height, width, MASKED: tl.constexpr):
+    """[cells]: whether anything lives in the 3x3 window of the state that the step sees. Read through the life mask
+    (`MASKED`) something does wherever the mask is not zero: the largest alpha of the window lives itself."""
+    if MASKED:
+        return life > 0.0
+    else:
+        return find_alive(values, y, x, local, height, width)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -182,6 +251,7 @@ def step(
     state_to,
     weights,
     biases,
+    context,
     batch,
     mel_height,
     mel_width,
@@ -189,6 +259,7 @@ def step(
     linear_width,
     MASKED: tl.constexpr,
     LIFE_MASK: tl.constexpr,
+    GROWTH: tl.constexpr,
     TILE_HEIGHT: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -203,7 +274,7 @@ def step(
     w1, w2 = _first_layers(weights, CHUNK)
     w3 = _matrix(weights + W3, HIDDEN2, CHANNELS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, _, first, height, width, y, x, local = locate(
+        is_linear, sample, first, y0, x0, height, width, y, x, local = locate(
             tile, batch, mel_height, mel_width, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
         )
         values = state_from + first * CHANNELS
@@ -212,9 +283,21 @@ def step(
         exists = y >= 0
         if MASKED:
             tl.store(alpha + cells + local, life, mask=exists)
-        _, _, h2 = _hidden(p, w1, w2, biases, CHUNK, DOT)
+            if GROWTH:
+                # Where it is needed it is loaded again: kept in registers until then, it took the place of operands.
+                tl.debug_barrier()
+        is_at, places = None, None
+        if context is not None:
+            corner = is_linear, sample, y0, x0, height, width
+            is_at, places = _places_of(context, *corner, mel_height, linear_height, TILE_HEIGHT, TILE_WIDTH, DOT)
+        _, _, h2 = _hidden(p, w1, w2, biases, is_at, places, CHUNK, DOT)
         b3 = tl.load(biases + HIDDEN1 + HIDDEN2 + channel)
-        u = state + _dot(h2, w3, tl.zeros((CELLS, CHANNELS), tl.float32) + b3[None, :], DOT)
+        change = _dot(h2, w3, tl.zeros((CELLS, CHANNELS), tl.float32) + b3[None, :], DOT)
+        if GROWTH:
+            if MASKED:
+                life = tl.load(alpha + cells + local, mask=exists, other=0.0)
+            change = tl.where(_grows(values, life, y, x, local, height, width, MASKED)[:, None], change, 0.0)
+        u = state + change
         where = state_to + first * CHANNELS + (local * CHANNELS)[:, None] + channel[None, :]
         if LIFE_MASK:
             is_alpha = (channel == ALPHA)[None, :]
@@ -325,14 +408,36 @@ def _add_matrix(sums, values, COLUMNS: tl.constexpr):
     _add(sums + rows * COLUMNS + tl.arange(0, values.shape[1])[None, :], values)
 
 
+@triton.jit
+def _add_first_bias(
+    sums, places_sums, dh1, unit, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, DOT: tl.constexpr
+):
+    """Adds up the gradient of the first layer's sums, for each of the tile's places or, without context, for b1: with
+    context the gradient of b1 is the sum of that of all rows."""
+    if places_sums is None:
+        _add(sums + B1 + unit, tl.sum(dh1, 0))
+    else:
+        SIDE: tl.constexpr = max(8, TILE_HEIGHT, TILE_WIDTH)
+        place = tl.arange(0, 2 * SIDE)
+        is_at = _is_at(tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[None, :], place[:, None], TILE_WIDTH, SIDE)
+        part = _dot(is_at, dh1, tl.zeros((2 * SIDE, dh1.shape[1]), tl.float32), DOT)
+        number = tl.where(place < SIDE, place, place - SIDE + TILE_HEIGHT)
+        exists = tl.where(place < SIDE, place < TILE_HEIGHT, place - SIDE < TILE_WIDTH)
+        where = places_sums + number[:, None] * HIDDEN1 + unit[None, :]
+        before = tl.load(where, mask=exists[:, None], other=0.0)
+        tl.store(where, before + part, mask=exists[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def network_backward(
     state_from,
     gradient_to,
     gradient_perception,
     gradient_groups,
+    gradient_places,
     weights,
     biases,
+    context,
     batch,
     mel_height,
     mel_width,
@@ -340,6 +445,7 @@ def network_backward(
     linear_width,
     MASKED: tl.constexpr,
     LIFE_MASK: tl.constexpr,
+    GROWTH: tl.constexpr,
     TILE_HEIGHT: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -364,15 +470,25 @@ def network_backward(
         dw2 = tl.zeros((HIDDEN1, HIDDEN2), tl.float32)
     dw3 = tl.zeros((HIDDEN2, CHANNELS), tl.float32)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, _, first, height, width, y, x, local = locate(
+        is_linear, sample, first, y0, x0, height, width, y, x, local = locate(
             tile, batch, mel_height, mel_width, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
         )
+        is_at, places = None, None
+        if context is not None:
+            corner = is_linear, sample, y0, x0, height, width
+            is_at, places = _places_of(context, *corner, mel_height, linear_height, TILE_HEIGHT, TILE_WIDTH, DOT)
         values = state_from + first * CHANNELS
         life = state_from + cells * (CHANNELS + 1) + first
-        _, p, _ = _perceive(values, life, life, y, x, local, height, width, MASKED, True)
-        delta = _delta(gradient_to, first, cells, y, x, local, height, width, LIFE_MASK)
+        _, p, own_life = _perceive(values, life, life, y, x, local, height, width, MASKED, True)
+        d_kept = _delta(gradient_to, first, cells, y, x, local, height, width, LIFE_MASK)
+        delta = d_kept
+        if GROWTH:
+            delta = tl.where(_grows(values, own_life, y, x, local, height, width, MASKED)[:, None], delta, 0.0)
+        places_sums = None
+        if context is not None:
+            places_sums = gradient_places + tl.cast(tile, tl.int64) * ((TILE_HEIGHT + TILE_WIDTH) * HIDDEN1)
         dp = tl.zeros((CELLS, PERCEPTION), tl.float32)
-        p, h1, h2 = _hidden(p, w1, w2, biases, CHUNK, DOT)
+        p, h1, h2 = _hidden(p, w1, w2, biases, is_at, places, CHUNK, DOT)
         dw3 = _dot(_transposed(h2, DOT), delta, dw3, DOT)
         _add(sums + B3 + channel, tl.sum(delta, 0))
         w3_back = _matrix(back + W3, CHANNELS, HIDDEN2)
@@ -381,7 +497,7 @@ def network_backward(
         if CHUNK == HIDDEN1:
             dw2 = _dot(_transposed(h1, DOT), dh2, dw2, DOT)
             dh1 = _gate(h1, _dot(dh2, w2_back, tl.zeros((CELLS, HIDDEN1), tl.float32), DOT))
-            _add(sums + B1 + tl.arange(0, HIDDEN1), tl.sum(dh1, 0))
+            _add_first_bias(sums, places_sums, dh1, tl.arange(0, HIDDEN1), TILE_HEIGHT, TILE_WIDTH, DOT)
             dw1 = _dot(_transposed(p, DOT), dh1, dw1, DOT)
             dp = _dot(dh1, w1_back, dp, DOT)
         else:
@@ -389,14 +505,16 @@ def network_backward(
                 if DOT == "tf32":
                     p += 0.0
                     dh2 += 0.0
+                    if context is not None:
+                        is_at += 0.0
                 unit = j + tl.arange(0, CHUNK)
                 in_w1, in_w2 = _places(unit)
                 w1_units, w2_units = tl.load(w1 + in_w1), tl.load(w2 + in_w2)
-                h1_units = _units(p, w1_units, biases, unit, DOT)
+                h1_units = _units(p, w1_units, biases, is_at, places, unit, DOT)
                 dw2 = _dot(_transposed(h1_units, DOT), dh2, tl.zeros((CHUNK, HIDDEN2), tl.float32), DOT)
                 _add(sums + W2 + in_w2, dw2)
                 dh1 = _gate(h1_units, _dot(dh2, tl.trans(w2_units), tl.zeros((CELLS, CHUNK), tl.float32), DOT))
-                _add(sums + B1 + unit, tl.sum(dh1, 0))
+                _add_first_bias(sums, places_sums, dh1, unit, TILE_HEIGHT, TILE_WIDTH, DOT)
                 dw1 = _dot(_transposed(p, DOT), dh1, tl.zeros((PERCEPTION, CHUNK), tl.float32), DOT)
                 _add(sums + in_w1, dw1)
                 dp = _dot(dh1, tl.trans(w1_units), dp, DOT)
@@ -406,7 +524,7 @@ def network_backward(
         d_sobel_x, d_laplacian = tl.split(odd)
         where = gradient_perception + first * PERCEPTION + (local * PERCEPTION)[:, None] + channel[None, :]
         exists = (y >= 0)[:, None]
-        tl.store(where, d_state + delta, mask=exists)
+        tl.store(where, d_state + d_kept, mask=exists)
         tl.store(where + CHANNELS, d_sobel_x, mask=exists)
         tl.store(where + 2 * CHANNELS, d_sobel_y, mask=exists)
         tl.store(where + 3 * CHANNELS, d_laplacian, mask=exists)
@@ -454,7 +572,7 @@ def stencil_backward(
     """The transposed filters: from the gradient of the perception to that of the state as the step saw it and, where it
     was masked, of every cell's life."""
     cells = count_cells(batch, mel_height, mel_width, linear_height, linear_width)
-    _, _, first, height, width, y, x, local = locate(
+    _, _, first, _, _, height, width, y, x, local = locate(
         tl.program_id(0), batch, mel_height, mel_width, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
     )
     parts = gradient_perception + first * PERCEPTION
@@ -500,7 +618,7 @@ def load_planar(
     """Copies both grids [N, 16, H, W] into `rows`: an initial state, or the gradient of a final state, which `state` is
     and which was read through its life mask (`MASKED`)."""
     cells = count_cells(batch, mel_height, mel_width, linear_height, linear_width)
-    is_linear, sample, first, height, width, y, x, local = locate(
+    is_linear, sample, first, _, _, height, width, y, x, local = locate(
         tl.program_id(0), batch, mel_height, mel_width, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
     )
     planar = _planar(mel, linear, is_linear, sample, y, x, height, width)
@@ -524,7 +642,7 @@ def store_planar(
 ):
     """Copies `rows`, a state read through its life mask (`MASKED`) or a gradient, into both grids [N, 16, H, W]."""
     cells = count_cells(batch, mel_height, mel_width, linear_height, linear_width)
-    is_linear, sample, first, height, width, y, x, local = locate(
+    is_linear, sample, first, _, _, height, width, y, x, local = locate(
         tl.program_id(0), batch, mel_height, mel_width, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
     )
     values = load_values(rows + first * CHANNELS, y, x, local, height, width, 0, 0)
@@ -547,3 +665,53 @@ def sum_groups(gradient_groups, gradient, groups, BLOCK: tl.constexpr):
         row = gradient_groups + tl.cast(group, tl.int64) * PARAMETERS
         sum += tl.load(row + place, mask=exists, other=0.0).to(tl.float64)
     tl.store(gradient + place, sum.to(tl.float32), mask=exists)
+
+
+@triton.jit
+def _sum_tiles(
+    sum, sums, place, columns, rows, first, height, width, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr
+):
+    """Adds what the tiles of a grid, the first of them `first`, have for a place in the order of these tiles. `columns`
+    is the first column's place and `rows` that of the grid's first row."""
+    across = tl.cdiv(width, TILE_WIDTH)
+    is_column = place >= columns
+    x = place - columns
+    y = place - rows
+    count = tl.where((y >= 0) & (y < height), across, 0)
+    count = tl.where(is_column, tl.cdiv(height, TILE_HEIGHT), count)
+    tile = first + tl.where(is_column, x // TILE_WIDTH, y // TILE_HEIGHT * across)
+    stride = tl.where(is_column, across, 1)
+    number = tl.where(is_column, TILE_HEIGHT + x % TILE_WIDTH, y % TILE_HEIGHT)
+    for k in range(count):
+        row = (tile + k * stride).to(tl.int64) * (TILE_HEIGHT + TILE_WIDTH) + number
+        sum += tl.load(sums + row * HIDDEN1 + tl.arange(0, HIDDEN1)).to(tl.float64)
+    return sum
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sum_places(
+    gradient_places,
+    gradient,
+    batch,
+    mel_height,
+    mel_width,
+    linear_height,
+    linear_width,
+    TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+):
+    """The gradient of the context: adds up what the tiles have for each of its places, in double precision. There is
+    one program per place."""
+    columns = mel_height + linear_height
+    sample = tl.program_id(0) // (columns + mel_width)
+    place = tl.program_id(0) % (columns + mel_width)
+    sum = tl.zeros((HIDDEN1,), tl.float64)
+    first = count_tiles(sample, mel_height, mel_width, TILE_HEIGHT, TILE_WIDTH)
+    sum = _sum_tiles(sum, gradient_places, place, columns, 0, first, mel_height, mel_width, TILE_HEIGHT, TILE_WIDTH)
+    first = count_tiles(batch, mel_height, mel_width, TILE_HEIGHT, TILE_WIDTH)
+    first += count_tiles(sample, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH)
+    sum = _sum_tiles(
+        sum, gradient_places, place, columns, mel_height, first, linear_height, linear_width, TILE_HEIGHT, TILE_WIDTH
+    )
+    where = gradient + tl.program_id(0).to(tl.int64) * HIDDEN1 + tl.arange(0, HIDDEN1)
+    tl.store(where, sum.to(tl.float32))
