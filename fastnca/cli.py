@@ -307,6 +307,54 @@ def generate(
 
 
 @app.command()
+def life(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file.")],
+    target: Annotated[
+        Path | None, typer.Option(help="Compare with this recording; by default target.wav beside the model.")
+    ] = None,
+    until: Annotated[int, typer.Option(help="Leave out the ages above this many steps.")] = 10_000,
+    backend: Backend = "auto",
+):
+    """Measure how a sound grows from one cell, ages and heals; write life.json and life.png."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .life import HEALING
+    from .life import life as write_life
+
+    console = Console(stderr=True)
+    with _one_line_errors(2), _progress_bar(console) as show:
+        found = write_life(
+            path,
+            target=target,
+            until=until,
+            backend=backend,
+            on_step=lambda done, total: show(done / total, f"step {done} of about {total}"),
+        )
+
+    def pair(errors):
+        return " / ".join(f"{errors[grid]:.2f}" for grid in ("mel", "linear"))
+
+    out = Console(width=100)
+    if found.steps_to_full is None:
+        out.print("life never reached every cell from one seed")
+    else:
+        out.print(f"full {found.steps_to_full} steps after one live cell: {pair(found.at_full)} dB off, mel / linear")
+    ages = Table("age, steps", "error, dB", title="mel / linear")
+    for age in found.at["mel"]:
+        ages.add_row(str(age), pair({grid: errors[age] for grid, errors in found.at.items()}))
+    out.print(ages)
+    wounds = Table("wound", "wounded", *(f"{steps} steps later" for steps in HEALING), title="mel / linear error, dB")
+    for wound in found.wounds:
+        later = (pair({grid: errors[steps] for grid, errors in wound.healed.items()}) for steps in HEALING)
+        wounds.add_row(f"{wound.kind}, {wound.share:.0%}", pair(wound.wounded), *later)
+    twin = found.wounds[0]
+    later = (pair({grid: errors[steps] for grid, errors in twin.twin.items()}) for steps in HEALING)
+    wounds.add_row("none", pair(twin.before), *later)
+    out.print(wounds)
+
+
+@app.command()
 def compare(
     reference: Annotated[Path, typer.Argument(metavar="REF.wav", help="The recording to compare with.")],
     generated: Annotated[Path, typer.Argument(metavar="GEN.wav", help="The sound to judge.")],

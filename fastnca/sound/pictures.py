@@ -14,13 +14,43 @@ def save_picture(path, rows):
 
     ``rows`` is a list of (title, DualSpectrogram); axes in s and Hz, colors from -80 to 0 dB in every picture.
     """
-    import librosa.display
-    import numpy as np
+    figure = _figure((13, 0.6 + 3.6 * len(rows)))
+    _draw_spectrograms(figure, rows)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def save_life(path, errors, rows):
+    """Write a PNG of a life: above, the errors of both grids over age; below, ``rows`` as in :func:`save_picture`.
+
+    errors: {"mel" or "linear": {steps: error in dB}}.
+    """
+    figure = _figure((13, 3.6 + 3.6 * len(rows)))
+    above, below = figure.subfigures(2, 1, height_ratios=(1, len(rows)))
+    axis = above.subplots()
+    for name, by_age in errors.items():
+        axis.plot(list(by_age), list(by_age.values()), marker="o", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="age (steps)", ylabel="error (dB)", title="distance from the target")
+    axis.legend()
+    axis.grid(which="both", alpha=0.3)
+    _draw_spectrograms(below, rows)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=80)
+
+
+def _figure(size):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 0.6 + 3.6 * len(rows)), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_spectrograms(figure, rows):
+    import librosa.display
+    import numpy as np
+
     axes = figure.subplots(len(rows), 2, squeeze=False)
     for (title, spectrogram), row_axes in zip(rows, axes, strict=True):
         mel_db, linear_db, bands = spectrogram.mel_db, spectrogram.linear_db, spectrogram.scale.bands
@@ -43,8 +73,6 @@ def save_picture(path, rows):
             )
             axis.set(title=f"{title}: {name}", xlabel="time (s)", ylabel="frequency (Hz)")
             figure.colorbar(image, ax=axis, format="%.0f dB")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
 
 
 def save_growth(path, pictures):
@@ -55,12 +83,10 @@ def save_growth(path, pictures):
     the shapes of the levels. The colors are those of :func:`save_picture`, and the last picture stays for two seconds.
     """
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = _figure((7.2, 4.8))
+    canvas = figure.canvas
     axes = figure.subplots(2, 2, sharex=True, sharey="col")
     drawn, palette, colored = [], None, []
     ffmpeg = _find_ffmpeg()
