@@ -1,7 +1,7 @@
 """How the tests judge a rollout: random problems, the float64 reference, and how far from it float32 may be."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -12,31 +12,29 @@ from fastnca.automaton import backends, cpu, ops, reference
 from fastnca.automaton.rule import ALPHA, CHANNELS, CONTEXT_NAMES, HIDDEN1, WEIGHT_NAMES, weight_shapes
 
 INPUTS = ("mel", "linear", *WEIGHT_NAMES)
-RESULTS = ("final_mel", "final_linear", *INPUTS)  # the final grids and the gradients of the inputs; context's follow
+RESULTS = ("final_mel", "final_linear", *INPUTS)  # the final grids and the gradients of the inputs
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Both initial grids, the weights, the gradients of both final grids and the context, if any; all are lists of
-    float32 tensors. And whether the rollout is one with growth."""
+    """Both initial grids, the weights, the gradients of both final grids, and the tables of context, if the rule has
+    one; all are lists of float32 tensors."""
 
     grids: list
     weights: list
     grads: list
-    context: list = ()
-    growth: bool = False
+    context: list = field(default_factory=list)
 
     def __iter__(self):
         return iter((self.grids, self.weights, self.grads))
 
 
-def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False, tables=0, growth=False):
+def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False, context_batch=0):
     """A random Problem of two grids [n, 16, height, width] with those ``sizes``.
 
     alpha_levels: all that alpha may be, so that windows have ties and gates are at their edges; else 0 to 1.
     resting: weights that leave alpha exactly as it is, whatever the rounding, and give every parameter a gradient.
-    tables: the batch of the context's tables, 1 or n, or 0 for none.
-    growth: with growth, and nothing lives beyond the first two columns.
+    context_batch: of the tables of context, n or 1; without it there are none.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = []
@@ -52,28 +50,34 @@ def make_problem(sizes, n=1, seed=0, alpha_levels=None, resting=False, tables=0,
         alpha = torch.rand(n, *size, generator=generator)
         if alpha_levels is not None:
             alpha = torch.tensor(alpha_levels)[(alpha * len(alpha_levels)).long()]
-        if growth:
-            alpha[..., 2:] = 0.0
         grid[:, ALPHA] = alpha
         grids.append(grid)
     grads = [torch.randn(grid.shape, generator=generator) for grid in grids]
-    lengths = (sizes[0][0], sizes[1][0], sizes[0][1]) if tables else ()
-    context = [torch.randn(tables, HIDDEN1, length, generator=generator) for length in lengths]
-    return Problem(grids, weights, grads, context, growth)
+    context = []
+    if context_batch:
+        lengths = *(height for height, _ in sizes), sizes[0][1]
+        context = [torch.randn(context_batch, HIDDEN1, length, generator=generator) * 0.5 for length in lengths]
+    return Problem(grids, weights, grads, context)
 
 
 @lru_cache(maxsize=64)
-def smooth_problem(sizes, num_steps, life_mask=True, n=1, **options):
-    """Of ten seeds the Problem whose rollout keeps farthest from kinks: float32 and float64 must agree tightly."""
+def smooth_problem(sizes, num_steps, life_mask=True, n=1, growth=False, **options):
+    """Of ten seeds the Problem whose rollout keeps farthest from kinks: float32 and float64 must agree tightly.
+
+    ``options`` as of :func:`make_problem`.
+    """
     problems = [make_problem(sizes, n, seed, **options) for seed in range(10)]
+    problems = [
+        p for p in problems if all((grid[:, ALPHA] > 0).flatten(1).any(dim=1).all() for grid in p.grids)
+    ]  # with life
     with threads(1):
-        distances = [distance_from_kinks(problem, num_steps, life_mask) for problem in problems]
+        distances = [distance_from_kinks(problem, num_steps, life_mask, growth) for problem in problems]
     distance = max(distances)
     assert distance > 4e-7 * num_steps, "no seed keeps away from kinks"
     return problems[distances.index(distance)]
 
 
-def distance_from_kinks(problem, num_steps, life_mask=True):
+def distance_from_kinks(problem, num_steps, life_mask=True, growth=False):
     """How far float64 stays from the points where rounding decides a gradient: of relu, clamp and pooling.
 
     What is exactly there, as resting weights hold it, no rounding moves.
@@ -85,15 +89,19 @@ def distance_from_kinks(problem, num_steps, life_mask=True):
         nearest = torch.minimum(nearest, distance.abs().where(distance.isfinite() & (distance != 0), torch.inf).min())
 
     weights = w1, b1, w2, b2, w3, b3 = [weight.double() for weight in problem.weights]
-    for s, context in zip(problem.grids, contexts([table.double() for table in problem.context])):
+    for s, context in zip(problem.grids, contexts_of_grids([table.double() for table in problem.context])):
         s = s.double()
         for _ in range(num_steps):
             h1 = F.conv2d(reference.perceive(s), w1, b1)
-            if context:
-                h1 = h1 + context[0][..., None] + context[1][:, :, None]
+            if context is not None:
+                rows, columns = context
+                h1 = h1 + rows[:, :, :, None] + columns[:, :, None, :]
             h2 = F.conv2d(F.relu(h1), w2, b2)
             ds = F.conv2d(F.relu(h2), w3, b3)
-            alpha = (s + (ds * reference.alive(s) if problem.growth else ds))[:, ALPHA : ALPHA + 1]
+            if growth:
+                changing = reference.alive(s)
+                h1, h2, ds = (x.where(changing, 0.0) for x in (h1, h2, ds))
+            alpha = (s + ds)[:, ALPHA : ALPHA + 1]
             see(h1)
             see(h2)
             if life_mask:
@@ -101,19 +109,24 @@ def distance_from_kinks(problem, num_steps, life_mask=True):
                 see(alpha - 1)
                 windows = F.unfold(F.pad(alpha.clamp(0, 1), (1, 1, 1, 1), value=-1.0), 3).topk(2, dim=1).values
                 see(windows[:, 0] - windows[:, 1])
-            s = reference.step(s, weights, life_mask, context, problem.growth)
+            s = reference.step(s, weights, life_mask, context, growth)
     return nearest.item()
 
 
-def contexts(tables):
-    """Of mel and of linear, as the reference takes them; ``tables`` are those of ops.rollout, if any."""
-    return ((tables[0], tables[2]), (tables[1], tables[2])) if tables else (None, None)
+def contexts_of_grids(tables):
+    """Of the tables (mel_rows, linear_rows, columns), or of none: what the reference takes for each of both grids."""
+    if not tables:
+        return None, None
+    *rows, columns = tables
+    return tuple((row, columns) for row in rows)
 
 
-def reference_rollout(num_steps, life_mask=True):
-    def rollout(mel, linear, weights, context=None, growth=False):
-        grids = zip((mel, linear), contexts(context))
-        return [reference.rollout(s, weights, num_steps, life_mask, of_grid, growth) for s, of_grid in grids]
+def reference_rollout(num_steps, life_mask=True, growth=False):
+    def rollout(mel, linear, weights, context=None):
+        return [
+            reference.rollout(grid, weights, num_steps, life_mask, of_grid, growth)
+            for grid, of_grid in zip((mel, linear), contexts_of_grids(context))
+        ]
 
     return rollout
 
@@ -130,14 +143,14 @@ def threads(number):
 
 
 def run(rollout, problem, dtype=torch.float32):
-    """The RESULTS of ``rollout(mel, linear, weights)`` and its backward pass, by name. Where the problem has context or
-    growth these are two more arguments."""
-    inputs = [x.to(dtype).detach().requires_grad_() for x in (*problem.grids, *problem.weights, *problem.context)]
-    mel, linear, *weights = inputs[: len(INPUTS)]
-    more = (inputs[len(INPUTS) :] or None, problem.growth) if problem.context or problem.growth else ()
-    outputs = rollout(mel, linear, weights, *more)
-    gradients = torch.autograd.grad(outputs, inputs, [grad.to(dtype) for grad in problem.grads])
-    names = (*RESULTS, *CONTEXT_NAMES) if problem.context else RESULTS
+    """The RESULTS of ``rollout(mel, linear, weights)``, or ``rollout(mel, linear, weights, context)``, and its backward
+    pass, by name; with context also the gradients of its tables."""
+    leaves = [x.to(dtype).detach().requires_grad_() for x in (*problem.grids, *problem.weights, *problem.context)]
+    mel, linear, *weights = leaves[: len(INPUTS)]
+    context = leaves[len(INPUTS) :]
+    outputs = rollout(mel, linear, weights, *([context] if context else []))
+    gradients = torch.autograd.grad(outputs, leaves, [grad.to(dtype) for grad in problem.grads])
+    names = RESULTS + CONTEXT_NAMES[: len(context)]
     return dict(zip(names, (*(x.detach() for x in outputs), *gradients), strict=True))
 
 
@@ -217,24 +230,24 @@ class RoundedProduct(torch.autograd.Function):
 
 
 @lru_cache(maxsize=64)
-def _judgment(problem, num_steps, life_mask):
+def _judgment(problem, num_steps, life_mask, growth):
     """By name: the float64 reference's results, float32 PyTorch's, and the largest sum of |terms| that make up a
     parameter's gradient."""
     magnitudes = {}
     with threads(1), Products(lambda x, weight, bias: MeasuredProduct.apply(x, weight, bias, magnitudes)):
-        judge = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
+        judge = run(reference_rollout(num_steps, life_mask, growth), problem, torch.float64)
     with threads(1):
-        eager = run(reference_rollout(num_steps, life_mask), problem)
+        eager = run(reference_rollout(num_steps, life_mask, growth), problem)
     return judge, eager, {name: terms.max() for name, terms in magnitudes.items()}
 
 
-def assert_errs_as_float32(actual, problem, num_steps, life_mask=True, slack=1e-6):
+def assert_errs_as_float32(actual, problem, num_steps, life_mask=True, slack=1e-6, growth=False):
     """The error's norm is within twice float32 PyTorch's, and ``slack`` of the result's norm. The largest error is
     within three times float32 PyTorch's and a few units of rounding: units of the largest value, and for a parameter's
     gradient, a sum over all cells that may cancel, of its terms. (Where they cancel PyTorch's sums in pairs are
     luckier: bias gradients were seen at five times its error. Without rounding before the sum, one over n cells is
     bound by n units, and one over blocks of 48 by 48 + n / 48.)"""
-    judge, eager, magnitudes = _judgment(problem, num_steps, life_mask)
+    judge, eager, magnitudes = _judgment(problem, num_steps, life_mask, growth)
     for name, expected in judge.items():
         error, eager_error = ((x[name] - expected).abs().max() for x in (actual, eager))
         allowed = 3 * eager_error + 8 * 2**-24 * magnitudes.get(name, expected.abs().max())
@@ -243,12 +256,12 @@ def assert_errs_as_float32(actual, problem, num_steps, life_mask=True, slack=1e-
         assert error <= 2 * eager_error + slack, f"{name}: error {error:.2e}, float32 PyTorch {eager_error:.2e}"
 
 
-def assert_rounds_operands_alone(actual, problem, num_steps, life_mask=True, bias_bound=0.25):
+def assert_rounds_operands_alone(actual, problem, num_steps, life_mask=True, bias_bound=0.25, growth=False):
     """The error of bf16 products is that of rounding their operands to bf16, and nothing else. The judge rounds what
     the gradient of a bias sums up and not what that of the context does; a backend may do either for both."""
-    exact = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
+    exact = run(reference_rollout(num_steps, life_mask, growth), problem, torch.float64)
     with Products(RoundedProduct.apply):
-        judge = run(reference_rollout(num_steps, life_mask), problem, torch.float64)
+        judge = run(reference_rollout(num_steps, life_mask, growth), problem, torch.float64)
     for name, expected in judge.items():
         error, rounding = ((x[name] - expected).norm() / expected.norm() for x in (actual, exact))
         # A float32 sum that falls on the other side of a rounding border than its float64 twin moves by a bf16 unit.
@@ -288,10 +301,11 @@ class Backend:
     def rollout(self, num_steps, **options):
         """The rollout under test; its inputs and outputs are on the CPU."""
 
-        def rollout(mel, linear, weights, context=None, growth=False):
+        def rollout(mel, linear, weights, context=None):
             mel, linear, *weights = (x.to(self.device) for x in (mel, linear, *weights))
-            more = {"context": context and [x.to(self.device) for x in context], "growth": growth, **options}
-            return [x.cpu() for x in ops.rollout(mel, linear, weights, num_steps, backend=self.name, **more)]
+            tables = None if context is None else [table.to(self.device) for table in context]
+            final = ops.rollout(mel, linear, weights, num_steps, context=tables, backend=self.name, **options)
+            return [x.cpu() for x in final]
 
         return rollout
 

@@ -2,6 +2,7 @@
 thread and with two, and the Triton kernels, on a GPU where there is one and else interpreted."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import interpreter
 import parity
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import fastnca
+import fastnca.context
 from fastnca.automaton import backends, ops, triton
+from fastnca.automaton.rule import ALPHA, CONTEXT_NAMES, HIDDEN1
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,6 +172,124 @@ def test_bf16_rounds_operands_and_nothing_else(backend, life_mask):
     parity.assert_rounds_operands_alone(actual, problem, 2, life_mask, bias_bound)
 
 
+# ---- context and growth
+
+SPARSE = (0.0,) * 12 + (0.6,)  # levels of alpha with which some cells have no life around them
+RULES = {
+    "context": {"context_batch": 1},
+    "growth": {"growth": True, "alpha_levels": SPARSE},
+    "both": {"context_batch": 1, "growth": True, "alpha_levels": SPARSE},
+    "unmasked": {"context_batch": 1, "life_mask": False},
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    """(options of parity.make_problem, options of the rollout)."""
+    options = dict(RULES[request.param])
+    rollout = {name: options.pop(name) for name in ("growth", "life_mask") if name in options}
+    return options, rollout
+
+
+@pytest.mark.parametrize("sizes", [((1, 6), (3, 6)), ((8, 19), (17, 19))], ids=str)
+def test_two_steps_and_every_gradient_with_context_and_growth(backend, rule, sizes):
+    options, rollout = rule
+    problem = parity.smooth_problem(sizes, 2, **options, **rollout)
+    actual = parity.run(backend.rollout(2, **rollout), problem)
+    parity.assert_errs_as_float32(actual, problem, 2, **rollout)
+
+
+@pytest.mark.parametrize("context_batch", [1, 2])
+def test_a_batch_with_context(backend, context_batch):
+    options = {"n": 2, "growth": True}
+    problem = parity.smooth_problem(((6, 9), (9, 9)), 1, context_batch=context_batch, alpha_levels=SPARSE, **options)
+    actual = parity.run(backend.rollout(1, growth=True), problem)
+    assert [actual[name].shape[0] for name in CONTEXT_NAMES] == [context_batch] * 3
+    parity.assert_errs_as_float32(actual, problem, 1, growth=True)
+
+
+def test_bf16_rounds_operands_with_context_and_growth(backend, rule):
+    skip_without(backend, "bf16")
+    options, rollout = rule
+    problem = parity.smooth_problem(((5, 9), (7, 9)), 2, **options, **rollout)
+    actual = parity.run(backend.rollout(2, precision="bf16", **rollout), problem)
+    bias_bound = 1.0 if backend.name == "triton" else 0.25
+    parity.assert_rounds_operands_alone(actual, problem, 2, bias_bound=bias_bound, **rollout)
+
+
+def test_checkpoints_do_not_change_a_bit_with_context_and_growth(backend, rule):
+    options, rollout = rule
+    problem = parity.make_problem(((4, 9), (3, 9)), n=2, **options)
+    full = parity.run(backend.rollout(3, **rollout), problem)
+    for checkpoint_every in (2, 7):
+        replayed = parity.run(backend.rollout(3, checkpoint_every=checkpoint_every, **rollout), problem)
+        parity.assert_same_bits(replayed, full)
+
+
+@pytest.mark.parametrize("growth", [False, True], ids=["everywhere", "growth"])
+def test_context_of_zeros_is_none(backend, growth):
+    problem = parity.make_problem(((6, 9), (4, 9)), seed=5, alpha_levels=SPARSE)
+    zeros = [torch.zeros(1, HIDDEN1, length) for length in (6, 4, 9)]
+    told = parity.run(backend.rollout(2, growth=growth), replace(problem, context=zeros))
+    for name, expected in parity.run(backend.rollout(2, growth=growth), problem).items():
+        torch.testing.assert_close(told[name], expected, rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
+
+
+def test_life_spreads_by_one_cell_a_step(backend):
+    """From one live cell; what is farther away is to the bit what it was."""
+    problem = parity.make_problem(((9, 13), (6, 13)), seed=7, context_batch=1)
+    problem.weights[5][ALPHA] = 30.0
+    seeds = [torch.zeros_like(grid) for grid in problem.grids]
+    for seed in seeds:
+        seed[:, ALPHA, 4, 6] = 1.0
+    for steps in (1, 3):
+        with torch.no_grad():
+            grown = backend.rollout(steps, growth=True)(*seeds, problem.weights, problem.context)
+        for seed, grid in zip(seeds, grown):
+            reached = torch.zeros(seed.shape[2:], dtype=torch.bool)
+            reached[4 - steps : 5 + steps, 6 - steps : 7 + steps] = True
+            assert (grid[0, ALPHA][reached] == 1).all()
+            assert torch.equal(grid[..., ~reached], seed[..., ~reached])
+
+
+def test_without_life_nothing_grows(backend):
+    problem = parity.make_problem(((5, 9), (4, 9)), seed=8, context_batch=1)
+    empty = replace(problem, grids=[torch.zeros_like(grid) for grid in problem.grids])
+    for name, value in parity.run(backend.rollout(3, growth=True), empty).items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_opcheck_with_context_and_growth(backend, save_every):
+    problem = parity.make_problem(((2, 3), (3, 3)), context_batch=1, alpha_levels=SPARSE)
+    inputs = backend.inputs(problem, requires_grad=save_every > 0)
+    context = [table.to(backend.device).requires_grad_(save_every > 0) for table in problem.context]
+    torch.library.opcheck(ops.rollout_op, (*inputs, context, 1, save_every, True, True, "fp32", backend.name))
+
+
+def test_opcheck_backward_with_context_and_growth(backend):
+    problem = parity.make_problem(((2, 3), (3, 3)), context_batch=1, alpha_levels=SPARSE)
+    mel, linear, weights = backend.inputs(problem, requires_grad=False)
+    rule = [table.to(backend.device) for table in problem.context], 1, 1, True, True, "fp32", backend.name
+    states = ops.rollout_op(mel, linear, weights, *rule)[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, *rule))
+
+
+def test_a_model_with_context_compiles_to_one_graph(backend):
+    torch.manual_seed(0)
+    places = fastnca.context.Places(2, 2)
+    model = fastnca.DualSpecTNCA(n_mels=5, n_linear=4, backend=backend.name, context=places, growth=True)
+    model.to(backend.device)
+    torch.nn.init.normal_(model.update_mlp[-1].weight, std=0.1)
+    grids = model.seed(9)
+    results = []
+    for rollout in (model.rollout, torch.compile(model.rollout, fullgraph=True, backend="aot_eager")):
+        outputs = rollout(*grids, num_steps=2)
+        results.append(torch.autograd.grad([x.square().sum() for x in outputs], list(model.parameters())))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 # ---- the operators as torch sees them
 
 
@@ -180,9 +301,9 @@ def test_opcheck(backend, save_every):
 
 def test_opcheck_backward(backend):
     mel, linear, weights = backend.inputs(parity.make_problem(((2, 3), (3, 2))), requires_grad=False)
-    options = [], 1, 1, True, False, "fp32", backend.name
-    states = ops.rollout_op(mel, linear, weights, *options)[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, *options))
+    rule = [], 1, 1, True, False, "fp32", backend.name
+    states = ops.rollout_op(mel, linear, weights, *rule)[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, *rule))
 
 
 def test_compiles_to_one_graph(backend):
@@ -300,6 +421,39 @@ def test_wrong_inputs_are_named(name, change, error, message):
     grids, weights, _ = parity.make_problem(((7, 9), (7, 9)), n=2)
     with pytest.raises(error, match=message):
         ops.rollout(*change(*grids, weights), backend=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m, n, c: (m, n), ValueError, r"context must be \(mel_rows, linear_rows, columns\), got 2 tensors"),
+        (lambda m, n, c: (m, n, c.numpy()), TypeError, "columns must be a torch.Tensor, got ndarray"),
+        (lambda m, n, c: (n, m, c), ValueError, r"mel_rows must have shape \[2 or 1, 128, 7\], got \[2, 128, 5\]"),
+        (lambda m, n, c: (m, n[0], c), ValueError, r"linear_rows must have shape \[2 or 1, 128, 5\], got \[128, 5\]"),
+        (lambda m, n, c: (m, n, c[:, :64]), ValueError, r"columns must have shape .* got \[2, 64, 9\]"),
+        (lambda m, n, c: (m, n, c.repeat(2, 1, 1)), ValueError, r"columns must have shape .* got \[4, 128, 9\]"),
+        (lambda m, n, c: (m, n.double(), c), TypeError, "linear_rows must have the weights' dtype torch.float32, got"),
+        (lambda m, n, c: (m, n, c.to("meta")), ValueError, "columns must be on the weights' device cpu, got meta"),
+    ],
+)
+@pytest.mark.parametrize("name", ["auto", *backends.BACKENDS])
+def test_wrong_context_is_named(name, change, error, message):
+    problem = parity.make_problem(((7, 9), (5, 9)), n=2, context_batch=2)
+    with pytest.raises(error, match=message):
+        ops.rollout(*problem.grids, problem.weights, 1, context=change(*problem.context), backend=name)
+
+
+def test_context_needs_one_width():
+    problem = parity.make_problem(((7, 9), (5, 8)), context_batch=1)
+    with pytest.raises(ValueError, match="with context mel and linear must have the same width, got 9 and 8"):
+        ops.rollout(*problem.grids, problem.weights, 1, context=problem.context)
+
+
+@pytest.mark.parametrize("name", ["auto", *backends.BACKENDS])
+def test_growth_needs_the_life_mask(name):
+    grids, weights, _ = parity.make_problem(((7, 9), (5, 8)))
+    with pytest.raises(ValueError, match="growth needs the life mask"):
+        ops.rollout(*grids, weights, 1, growth=True, life_mask=False, backend=name)
 
 
 def test_an_unknown_precision_is_refused():

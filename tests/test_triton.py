@@ -46,7 +46,8 @@ def make_context(height, width):
     return [torch.zeros(1, 128, length, device=DEVICE) for length in (height, height, width)]
 
 
-TOLD = {"tables": 1, "growth": True}
+SPARSE = (0.0, 0.0, 0.0, 1.0)  # most cells are dead, so that some have no life around them
+TOLD = {"context_batch": 1, "alpha_levels": SPARSE, "growth": True}
 
 
 @pytest.mark.parametrize("options", [{}, TOLD], ids=["plain", "told"])
@@ -56,7 +57,9 @@ def test_in_the_shapes_of_the_table(precision, options):
     if DEVICE != "cpu" and precision == "tf32":
         pytest.skip("tf32 rounds")
     problem = parity.smooth_problem(((3, 3), (2, 3)), 1, **options)
-    parity.assert_errs_as_float32(parity.run(TRITON.rollout(1, precision=precision), problem), problem, 1)
+    growth = options.get("growth", False)
+    actual = parity.run(TRITON.rollout(1, precision=precision, growth=growth), problem)
+    parity.assert_errs_as_float32(actual, problem, 1, growth=growth)
 
 
 def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch):
@@ -71,7 +74,7 @@ def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch)
 @pytest.mark.parametrize(
     ("sizes", "n", "steps", "checkpoint_every", "options"),
     [
-        (((2, 3), (3, 3)), 2, 1, None, {"tables": 2}),  # tables for each sample
+        (((2, 3), (3, 3)), 2, 1, None, {"context_batch": 2}),  # tables for each sample
         (((2, 5), (3, 5)), 2, 2, 2, TOLD),  # tables for both samples
         (((4, 6), (5, 7)), 1, 2, None, {"growth": True}),
         (((3, 9), (9, 9)), 1, 1, None, TOLD),  # grids of several tiles
@@ -81,18 +84,19 @@ def test_the_number_of_programs_does_not_change_a_bit_of_the_states(monkeypatch)
 def test_context_and_growth(monkeypatch, sizes, n, steps, checkpoint_every, options):
     interpreter.set_shapes(monkeypatch, tile=(8, 8))
     problem = parity.smooth_problem(sizes, steps, n=n, **options)
-    actual = parity.run(TRITON.rollout(steps, checkpoint_every=checkpoint_every), problem)
-    parity.assert_errs_as_float32(actual, problem, steps)
+    growth = options.get("growth", False)
+    actual = parity.run(TRITON.rollout(steps, checkpoint_every=checkpoint_every, growth=growth), problem)
+    parity.assert_errs_as_float32(actual, problem, steps, growth=growth)
 
 
 def test_bf16_keeps_sixteen_bits_of_the_context(large_tiles):
-    problem = parity.smooth_problem(((5, 4), (3, 4)), 1, **TOLD)
-    actual = parity.run(TRITON.rollout(1, precision="bf16"), problem)
-    parity.assert_rounds_operands_alone(actual, problem, 1, bias_bound=2.0)
+    problem = parity.smooth_problem(((5, 4), (3, 4)), 1, context_batch=1, growth=True)
+    actual = parity.run(TRITON.rollout(1, precision="bf16", growth=True), problem)
+    parity.assert_rounds_operands_alone(actual, problem, 1, bias_bound=2.0, growth=True)
 
 
 def told_inputs(requires_grad=True):
-    problem = parity.make_problem(((2, 3), (3, 3)), **TOLD)
+    problem = parity.make_problem(((2, 3), (3, 3)), context_batch=1, alpha_levels=SPARSE)
     tables = [table.to(DEVICE).requires_grad_(requires_grad) for table in problem.context]
     return *TRITON.inputs(problem, requires_grad), tables
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 import fastnca
+from fastnca import life
 from fastnca.growth import EpochDone
 from fastnca.run import CHECKPOINT_FILE, LOSSES_FILE
 from fastnca.sound import metrics, vocoder
@@ -40,7 +41,8 @@ from .. import report
 from .sounds import SOUNDS, load
 
 BASELINE = "notebook"
-AGES = (192, 384, 1000)
+AGES = (384, 1000)
+HEALED = ((0.11, 96), (0.5, 384))  # holes, by share of the area, and the steps after which they are judged
 WAV_METRICS = ("spectral_convergence_db", "log_spectral_distance_db", "multi_resolution_stft", "loudness_error_db")
 GRID_METRICS = ("mel_l1_db", "linear_l1_db", "mel_l1_db_active", "linear_l1_db_active")
 SHOWN = ("epochs", "seconds_per_epoch", *GRID_METRICS, *WAV_METRICS, "seconds_to_mel_3_db")
@@ -103,13 +105,16 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
     row |= {name: sound.metrics[name] for name in ("precision", "epochs", "seconds_per_epoch", *GRID_METRICS)}
     row |= {name: sound.metrics[name] for name in WAV_METRICS}
     with open(folder / LOSSES_FILE, newline="") as file:
-        from_seed = [epoch for epoch in csv.DictReader(file) if int(epoch["age"]) == recipe.num_steps]
-    below = (float(epoch["seconds"]) for epoch in from_seed if float(epoch["mel_l1_db"]) < 3.0)
-    row["seconds_to_mel_3_db"] = next(below, None)
+        below = (float(row["seconds"]) for row in csv.DictReader(file) if float(row["mel_l1_db"]) < 3.0)
+        row["seconds_to_mel_3_db"] = next(below, None)
     target = analyze(samples)
-    for age in AGES:
-        older = target.with_grids(*sound.model.automaton.grow(target.n_frames, age))
-        row[f"mel_l1_db@{age}"] = metrics.grid_metrics(older, target)["mel_l1_db"]
+    found = life.measure(sound.model, target, AGES)
+    row["steps_to_full"] = found.steps_to_full
+    for grid, errors in found.at.items():
+        row |= {f"{grid}_l1_db@{age}": error for age, error in errors.items()}
+        for share, steps in HEALED:
+            wound = next(wound for wound in found.wounds if (wound.kind, wound.share) == ("hole", share))
+            row[f"{grid}_healed_{share:.0%}"] = wound.healed[grid][steps] / wound.twin[grid][steps]
     return row | decoded(target, sound.spectrogram, samples)
 
 
@@ -119,8 +124,7 @@ def picture(path, samples, folders):
     rows = [("target", target)]
     for title, folder in folders.items():
         model = fastnca.load(folder, vocoder="griffinlim")
-        grids = model.automaton.grow(target.n_frames, model.card.num_steps)
-        rows.append((f"{title}, epoch {model.card.epochs}", target.with_grids(*grids)))
+        rows.append((f"{title}, epoch {model.card.epochs}", model.grow().spectrogram))
     save_picture(path, rows)
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+OPTIONS = ("lr", "betas", "basis_beta", "basis_every", "eps")
+
 
 class Soap(torch.optim.Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo
@@ -34,7 +36,7 @@ class Soap(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, self.state[parameter], **{k: group[k] for k in self.defaults})
+                    self._step(parameter, self.state[parameter], **{name: group[name] for name in OPTIONS})
 
     def _step(self, parameter, state, lr, betas, basis_beta, basis_every, eps):
         gradient = parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[:, None]
