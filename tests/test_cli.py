@@ -145,7 +145,7 @@ class TestGenerate:
     def test_sustaining_holds_the_middle(self, finished, tmp_path):
         """Frames of one place in time that are too far from a border to know of it grow alike."""
         model, card = fastnca.load_model(finished[1] / "model.safetensors")
-        mel_db, linear_db = model.grow(40, 4, frame_times(40, card.n_frames, "sustain"))
+        mel_db, linear_db = model.grow(40, 4, frame_times(40, card.n_frames, "sustain"), at=1)
         for grown in (mel_db, linear_db):
             held = grown[:, 8:16]
             torch.testing.assert_close(held, held[:, :1].expand_as(held))
@@ -153,10 +153,10 @@ class TestGenerate:
 
     def test_default_names_tell_results_apart(self, finished, tmp_path):
         shutil.copy(finished[1] / "model.safetensors", tmp_path)
-        for options in ((), ("--steps", 4), ("--steps", 4, "--time", "sustain")):
+        for options in ((), ("--steps", 4), ("--steps", 4, "--time", "sustain"), ("--steps", 4, "--pitch", "+3")):
             assert fastnca_cli("generate", tmp_path, *options).exit_code == 0
         assert {path.stem for path in tmp_path.glob("*.wav")} == {
-            "generated", "generated_8x4", "generated_8x4_sustain"
+            "generated", "generated_8x4", "generated_8x4_sustain", "generated_8x4_+3"
         }  # fmt: skip
 
     def test_a_model_file_alone(self, finished, tmp_path):
@@ -165,7 +165,7 @@ class TestGenerate:
         for options in ((), ("--frames", 9)):
             result = fastnca_cli("generate", model, *options)
             assert result.exit_code == 0, result.stderr
-        assert {path.stem for path in tmp_path.glob("*.wav")} == {"violin_generated", "violin_generated_9x96"}
+        assert {path.stem for path in tmp_path.glob("*.wav")} == {"violin_generated", "violin_generated_9x288"}
         assert (tmp_path / "violin_generated.wav").read_bytes() == (finished[1] / "generated.wav").read_bytes()
 
     @pytest.mark.parametrize(("steps", "shown"), [(0, [0]), (5, [0, 1, 2, 3, 4, 5]), (200, [0, 3, 6, 198, 200])])
@@ -178,6 +178,7 @@ class TestGenerate:
                 titles.append(title)
                 assert mel_db.shape == mel_alpha.shape == (80, 8) and linear_db.shape == linear_alpha.shape == (513, 8)
             growth.extend((mel_db, linear_db))
+            return [path]
 
         growth = []
         monkeypatch.setattr("fastnca.generate.save_growth", save_growth)
@@ -190,12 +191,45 @@ class TestGenerate:
         for one, other in zip(growth, model.grow(8, steps), strict=True):
             torch.testing.assert_close(torch.from_numpy(one), other)
 
-    def test_video_is_an_animated_picture(self, finished, tmp_path):
+    def test_video_is_an_animated_picture(self, finished, tmp_path, monkeypatch):
+        monkeypatch.setattr("fastnca.sound.pictures._find_ffmpeg", lambda: None)
         result = fastnca_cli("generate", finished[1], "-o", tmp_path / "a.wav", "--steps", 3, "--video")
         assert result.exit_code == 0, result.stderr
         with Image.open(tmp_path / "a.gif") as gif:
             assert gif.format == "GIF" and gif.n_frames == 4
         assert {path.name for path in tmp_path.iterdir()} == {"a.gif", "a.wav", "a.png"}
+
+    def test_video_is_a_movie_too_where_ffmpeg_is(self, finished, tmp_path, monkeypatch):
+        ffmpeg = tmp_path / "ffmpeg"  # leaves the name of what it writes and the size of what it reads
+        ffmpeg.write_text('#!/bin/sh\nfor last; do :; done; wc -c > "$last"\n')
+        ffmpeg.chmod(0o755)
+        monkeypatch.setattr("fastnca.sound.pictures._find_ffmpeg", lambda: str(ffmpeg))
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "a.wav", "--steps", 3, "--video")
+        assert result.exit_code == 0, result.stderr
+        assert int((tmp_path / "a.mp4").read_text()) == (4 + 24) * 720 * 480 * 3
+        ffmpeg.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "b.wav", "--steps", 3, "--video")
+        assert result.exit_code == 2 and "ffmpeg could not write" in result.stderr and "broken" in result.stderr
+        assert not (tmp_path / "b.mp4").exists()
+
+    def test_a_growth_is_heard_and_a_wound_heals(self, finished, tmp_path):
+        box = "0.02-0.06,300-3000"
+        options = "--steps", 9, "--seeds-every", 8, "--hear-growth", "--wound", box, "--heal", 3
+        result = fastnca_cli("generate", finished[1], "-o", tmp_path / "a.wav", *options)
+        assert result.exit_code == 0, result.stderr
+        names = ["a.wav", "a.png", "a_growth.wav", "a_wounded.wav", "a_healed.wav"]
+        assert {path.name for path in tmp_path.iterdir()} == set(names)
+        assert [line.split(": ")[0].rsplit("/")[-1] for line in result.stdout.splitlines()] == names
+        stages = 5  # after 2, 4, 6, 8 and 9 steps
+        assert soundfile.info(tmp_path / "a_growth.wav").frames == stages * (2048 + SAMPLE_RATE // 8)
+        sounds = [(tmp_path / f"a{name}.wav").read_bytes() for name in ("", "_wounded", "_healed")]
+        assert len(set(sounds)) == 3
+
+    def test_another_pitch_is_another_sound(self, finished, tmp_path):
+        for name, options in (("same", ("--pitch", "441hz")), ("other", ("--pitch", "E5"))):
+            result = fastnca_cli("generate", finished[1], "-o", tmp_path / f"{name}.wav", *options)
+            assert result.exit_code == 0, result.stderr
+        assert (tmp_path / "same.wav").read_bytes() != (tmp_path / "other.wav").read_bytes()
 
 
 def test_compare(finished):
@@ -245,7 +279,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--recipe", "best"], "unknown recipe 'best': expected one of default, regenerate, notebook"),
+            (["--recipe", "best"], "unknown recipe 'best': expected one of default, notebook"),
             (["--precision", "fp8"], "unknown precision 'fp8': expected one of"),
             (["--backend", "reference", "--precision", "bf16"], "backend 'reference' cannot run"),
             (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, "),
@@ -328,6 +362,11 @@ class TestBadInput:
             (["--time", "repeat"], "unknown time 'repeat': expected one of stretch, sustain"),
             (["--backend", "cuda"], "unknown backend"),
             (["-o", "no/such/folder.wav"], "no such folder"),
+            (["--pitch", "high"], "pitch must be a note (E4), semitones (+3, -2) or a frequency (330hz), got 'high'"),
+            (["--seeds-every", "0"], "seeds must be at least 1 cell apart, got 0"),
+            (["--wound", "0.5"], "a wound is a box SECONDS-SECONDS,HZ-HZ such as 0.5-0.8,200-2000, got '0.5'"),
+            (["--wound", "1-2,100-200"], "a wound must lie within the sound's 0.09 s"),
+            (["--wound", "0-1,100-200", "--heal", "0"], "heal must be at least 1 step, got 0"),
         ],
     )
     def test_generate_options(self, finished, options, words):
