@@ -79,7 +79,7 @@ def generate(
     def beside(ending):
         return out.with_name(out.stem + ending)
 
-    total = plan.num_steps + (heal if box else 0)
+    total = max(1, plan.num_steps + (heal if box else 0))
     counted = (lambda step: on_step(step, total)) if on_step else (lambda step: None)
     written = [out, beside(".png")]
     pictures, heard = [], []
