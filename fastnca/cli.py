@@ -221,11 +221,11 @@ def demo(
     resume: Resume = False,
     force: Force = False,
 ):
-    """Grow a built-in bowed string for 3 minutes: no file and no network needed."""
+    """Grow a built-in bowed string for 2 minutes: no file and no network needed."""
     from .sound.synthetic import synthesize_bowed_string
 
     if epochs is None and minutes is None and not resume:
-        minutes = 3.0
+        minutes = 2.0
     _grow(
         synthesize_bowed_string(duration=1.0),
         out,
