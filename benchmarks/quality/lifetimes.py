@@ -67,8 +67,7 @@ def describe(samples):
 
 def lengths(name, model, target):
     yield {"run": name, "time": "target", "length": "1x", **describe(model.vocoder.decode(target))}
-    knows_time = any(axis == "t" for _, axis, _ in model.automaton.coordinates)
-    for time in TIMES if knows_time else ("stretch",):
+    for time in TIMES if model.automaton.knows_time else ("stretch",):
         for factor in LENGTHS:
             sound = model.grow(round(factor * target.n_frames), time=time)
             yield {"run": name, "time": time, "length": f"{factor}x", **describe(sound.samples)}

@@ -68,7 +68,13 @@ def rollout(
         mel_rows, linear_rows, columns = context or (None, None, None)
         return tuple(
             _reference_rollout(
-                grid, num_steps, checkpoint_every, weights, life_mask, None if context is None else (rows, columns), growth
+                grid,
+                num_steps,
+                checkpoint_every,
+                weights,
+                life_mask,
+                None if context is None else (rows, columns),
+                growth,
             )
             for grid, rows in ((mel, mel_rows), (linear, linear_rows))
         )

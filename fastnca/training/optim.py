@@ -20,9 +20,16 @@ class Soap(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters, lr, betas=(0.95, 0.95), basis_beta=0.95, basis_every=5, eps=1e-8):
-        super().__init__(parameters, {
-            "lr": lr, "betas": betas, "basis_beta": basis_beta, "basis_every": basis_every, "eps": eps,
-        })
+        super().__init__(
+            parameters,
+            {
+                "lr": lr,
+                "betas": betas,
+                "basis_beta": basis_beta,
+                "basis_every": basis_every,
+                "eps": eps,
+            },
+        )
 
     @torch.no_grad()
     def step(self):
@@ -44,7 +51,8 @@ class Soap(torch.optim.Optimizer):
         right.lerp_(gradient.T @ gradient, 1.0 - basis_beta)
         if step == 1:  # there is a basis now, but nothing to divide by yet
             state["left_basis"], state["right_basis"] = (
-                torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right)  # the largest first, as QR keeps them
+                torch.linalg.eigh(side).eigenvectors.flip(1)
+                for side in (left, right)  # the largest first, as QR keeps them
             )
             return
         left_basis, right_basis = state["left_basis"], state["right_basis"]

@@ -79,7 +79,9 @@ class Windows:
             return slice(0, self.n_frames)
         if not self.waiting:
             first = -int(torch.randint(self.width, (), generator=self.generator))
-            starts = [min(max(start, 0), self.n_frames - self.width) for start in range(first, self.n_frames, self.width)]
+            starts = [
+                min(max(start, 0), self.n_frames - self.width) for start in range(first, self.n_frames, self.width)
+            ]
             self.waiting = [starts[i] for i in torch.randperm(len(starts), generator=self.generator)]
         begin = self.waiting.pop()
         return slice(begin, begin + self.width)
