@@ -171,7 +171,7 @@ class TestSoap:
         torch.manual_seed(0)
         parameter, idle = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
         optimizer = Soap([parameter, idle], lr=0.1)
-        for step in range(2):
+        for _step in range(2):
             assert parameter.eq(1).all()  # the first step only finds the basis
             parameter.grad, idle.grad = 7.0 * torch.randn(shape), torch.zeros(shape)
             optimizer.step()
@@ -367,7 +367,7 @@ class TestWindows:
                 sweep.append(windows.next())
             covered = torch.zeros(n_frames, dtype=torch.bool)
             for window in sweep:
-                assert 0 <= window.start and window.stop <= n_frames and window.stop - window.start == width
+                assert window.start >= 0 and window.stop <= n_frames and window.stop - window.start == width
                 covered[window] = True
             assert covered.all() and len(sweep) <= windows.per_sweep
             orders.add(tuple(window.start for window in sweep))
