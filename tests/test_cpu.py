@@ -78,6 +78,22 @@ def test_threads_do_not_change_a_bit(capability, num_threads, threads):
     parity.assert_same_bits(parity.run(CPU.rollout(4, checkpoint_every=3), problem), alone)
 
 
+@pytest.mark.parametrize("sizes", [((5, 70), (21, 70)), ((33, 130), (2, 130))], ids=str)
+def test_context_and_growth_across_blocks_and_tiles(capability, sizes):
+    rule = {"context_batch": 1, "alpha_levels": (0.0,) * 40 + (0.6,), "growth": True}
+    problem = parity.smooth_problem(sizes, 2, **rule)
+    parity.assert_errs_as_float32(parity.run(CPU.rollout(2, growth=True), problem), problem, 2, growth=True)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_a_bit_with_context_and_growth(capability, num_threads, threads):
+    problem = parity.make_problem(((33, 70), (50, 70)), n=2, context_batch=1, alpha_levels=(0.0,) * 40 + (0.6,))
+    num_threads(1)
+    alone = parity.run(CPU.rollout(4, checkpoint_every=3, growth=True), problem)
+    num_threads(threads)
+    parity.assert_same_bits(parity.run(CPU.rollout(4, checkpoint_every=3, growth=True), problem), alone)
+
+
 # ---- bf16
 
 
@@ -160,18 +176,19 @@ def test_why_not_says_why():
 @pytest.mark.parametrize("save_every", [0, 1, 2])
 def test_opcheck(save_every):
     inputs = make_inputs(requires_grad=save_every > 0)
-    torch.library.opcheck(ops.rollout_op, (*inputs, 3, save_every, True, "fp32", "cpu"))
+    torch.library.opcheck(ops.rollout_op, (*inputs, [], 3, save_every, True, False, "fp32", "cpu"))
 
 
 @pytest.mark.skipif(not cpu._C.has_bf16(), reason="the processor has no AVX512-BF16")
 def test_opcheck_bf16():
-    torch.library.opcheck(ops.rollout_op, (*make_inputs(), 3, 2, True, "bf16", "cpu"))
+    torch.library.opcheck(ops.rollout_op, (*make_inputs(), [], 3, 2, True, False, "bf16", "cpu"))
 
 
 def test_opcheck_backward():
     mel, linear, weights = make_inputs(requires_grad=False)
-    states = ops.rollout_op(mel, linear, weights, 3, 2, True, "fp32", "cpu")[2]
-    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, 3, 2, True, "fp32", "cpu"))
+    rule = [], 3, 2, True, False, "fp32", "cpu"
+    states = ops.rollout_op(mel, linear, weights, *rule)[2]
+    torch.library.opcheck(ops.rollout_backward_op, (mel, linear, states, weights, *rule))
 
 
 def test_the_default_compiler_takes_one_graph():

@@ -17,16 +17,25 @@ from fastnca import run, sound_model
 from fastnca.growth import Checkpoint, CheckpointDue, Done, EpochDone, Growth, PictureDue, TrainingDone
 from fastnca.settings import DEFAULT_MINUTES, RunSettings
 from fastnca.sound.files import load_audio
+from fastnca.sound_model import SETTLING_STEPS
 from fastnca.training.recipes import RECIPES
 from fastnca.training.trainer import Budget
 
 TINY = replace(RECIPES["default"], name="tiny", num_steps=2, picture_every_epochs=2)
-OPTIONS = {"recipe": TINY, "vocoder": "griffinlim"}
+OPTIONS = {"recipe": TINY, "vocoder": "griffinlim", "pitch": "none"}
 
 
-def make_growth(note, epochs=5, **options):
-    settings = RunSettings.merge({**OPTIONS, "epochs": epochs})
-    return Growth(load_audio(note)[0], settings, checkpoint_every_epochs=2, **options)
+def make_growth(note, epochs=5, **given):
+    settings = RunSettings.merge({**OPTIONS, "epochs": epochs, **given})
+    return Growth(load_audio(note)[0], settings, checkpoint_every_epochs=2)
+
+
+def test_pitch_is_found_read_or_none(note):
+    for pitch, hertz in (("auto", 441.0), ("none", None), ("E4", 329.63)):
+        growth = make_growth(note, pitch=pitch)
+        assert growth.trainer.model.places.pitch_hz == (hertz and pytest.approx(hertz, rel=0.01))
+    with pytest.raises(ValueError, match="pitch must be a note"):
+        make_growth(note, pitch="high")
 
 
 class TestEvents:
@@ -46,10 +55,13 @@ class TestEvents:
         assert seen[-2] == TrainingDone(5, stopped=False)
         sound = seen[-1].sound
         assert sound.metrics["epochs"] == 5 and len(sound.samples) == 2048
-        assert torch.equal(sound.spectrogram.mel_db, growth.grown().mel_db)
+        model = growth.model()
+        assert sound.metrics["steps"] == model.automaton.steps_to_fill(8) + SETTLING_STEPS
+        assert sound.metrics["pitch_hz"] is None
+        assert torch.equal(sound.spectrogram.mel_db, model.automaton.grow(8, sound.metrics["steps"])[0])
 
     def test_a_setback_is_one(self, note):
-        growth = make_growth(note)
+        growth = make_growth(note, recipe=replace(TINY, continue_share=0.0))
         seen = growth.events()
         next(seen)
         with torch.no_grad():
@@ -107,7 +119,7 @@ class TestEvents:
         kept = [parameter.clone() for parameter in model.automaton.parameters()]
         next(seen)
         assert all(torch.equal(*pair) for pair in zip(kept, model.automaton.parameters(), strict=True))
-        assert not torch.equal(kept[0], growth.model().automaton.update_mlp[0].weight)
+        assert not torch.equal(kept[4], growth.model().automaton.update_mlp[-1].weight)
 
 
 class TestSettings:
@@ -125,6 +137,7 @@ class TestSettings:
         ("given", "words"),
         [
             ({"seed": 4}, "started with seed 0, which cannot become 4"),
+            ({"pitch": "A4"}, "started with pitch 'auto', which cannot become 'A4'"),
             ({"duration": 1.0}, "started with duration 3.0, which cannot become 1.0"),
             ({"recipe": "notebook"}, "started with recipe 'default', which cannot become 'notebook'"),
             ({"recipe": replace(RECIPES["default"], num_steps=3)}, "recipe 'default', which cannot become another"),
@@ -220,6 +233,7 @@ def test_the_examples_of_the_docstrings_run(documented, note, tmp_path, monkeypa
     """On a recording of 8 frames, a run of one epoch and no more training than that."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(RECIPES, "default", replace(TINY, name="default"))
+    monkeypatch.setattr(fastnca.DualSpecTNCA, "steps_to_fill", lambda *_: 2)
     os.rename(note, "violin.wav")
     if documented is not run.grow:
         fastnca.grow("violin.wav", "violin", epochs=1, vocoder="griffinlim")

@@ -14,6 +14,7 @@ from torch import nn
 
 import fastnca
 from fastnca.automaton import backends, reference
+from fastnca.context import Places
 from fastnca.files import write_safetensors
 from fastnca.model import frame_times
 from fastnca.sound.convention import MelBands
@@ -158,12 +159,68 @@ def test_seed_and_coordinates():
 def test_seed_at_given_times():
     model = fastnca.DualSpecTNCA(n_mels=4, n_linear=6, coordinates=[("sin", "f", 0), ("cos", "t", 1)])
     times = torch.tensor([-1.0, 0.0, 0.0, 0.7])
-    for grid in model.seed(4, times):
+    for grid in model.seed(4, times=times):
         torch.testing.assert_close(grid[0, 3], torch.cos(2 * math.pi * times).expand(grid.shape[2], -1))
-    for given, default in zip(model.seed(4, torch.linspace(-1, 1, 4)), model.seed(4), strict=True):
+    for given, default in zip(model.seed(4, times=torch.linspace(-1, 1, 4)), model.seed(4), strict=True):
         assert torch.equal(given, default)
     with pytest.raises(ValueError, match=r"times must have shape \[4\], one place per frame, got \[3\]"):
-        model.seed(4, times[:3])
+        model.seed(4, times=times[:3])
+
+
+def seed_cells(grid):
+    """The live cells (y, x) of one grid."""
+    return {tuple(cell) for cell in grid[0, 1].nonzero().tolist()}
+
+
+def test_seeds_at_places_and_in_a_lattice():
+    model = fastnca.DualSpecTNCA(n_mels=4, n_linear=6)
+    assert [seed_cells(grid) for grid in model.seed(5)] == [{(2, 2)}, {(3, 2)}]
+    corners = model.seed(5, at=[(0, 0), (1, 1.0)])
+    assert [seed_cells(grid) for grid in corners] == [{(0, 0), (3, 4)}, {(0, 0), (5, 4)}]
+    for grid in model.seed(9, at=3):
+        cells = seed_cells(grid)
+        assert len({y % 3 for y, _ in cells}) == len({x % 3 for _, x in cells}) == 1 and len(cells) >= 3
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        (0, "seeds must be at least 1 cell apart, got 0"),
+        ([], "at least one cell must live"),
+        ([(0.5, 1.1)], r"a seed's place is \(band, frame\), shares of the grid from 0 to 1, got \(0.5, 1.1\)"),
+        ([(0.5,)], "a seed's place is"),
+    ],
+)
+def test_wrong_seeds(at, words):
+    with pytest.raises(ValueError, match=words):
+        fastnca.DualSpecTNCA().seed(8, at=at)
+
+
+@pytest.mark.parametrize("at", [None, [(0.0, 0.0)], [(0.2, 0.1), (0.9, 0.8)], 1, 3, 4], ids=str)
+def test_steps_to_fill_are_those_that_life_takes(at):
+    model = fastnca.DualSpecTNCA(n_mels=7, n_linear=12, context=Places(2, 2), growth=True)
+    grids, steps = model.seed(9, at), 0
+    with torch.no_grad():
+        while not all((grid[:, 1] > 0).all() for grid in grids):
+            grids, steps = model(*grids), steps + 1
+    told = model.steps_to_fill(9, at)
+    assert steps <= told <= at if isinstance(at, int) else steps == told
+    assert fastnca.DualSpecTNCA(n_mels=7, n_linear=12).steps_to_fill(9, at) == 1
+
+
+def test_growth_needs_the_life_mask():
+    with pytest.raises(ValueError, match="growth needs the life mask"):
+        fastnca.DualSpecTNCA(growth=True, life_mask=False)
+
+
+def test_context_comes_back_from_a_file(tmp_path):
+    places = Places(3, 2, pitch_hz=220.0)
+    model = fastnca.DualSpecTNCA(n_mels=6, n_linear=9, context=places, growth=True)
+    fastnca.save_model(tmp_path / "rule.safetensors", model)
+    loaded, _ = fastnca.load_model(tmp_path / "rule.safetensors")
+    assert MODEL_VERSION == 3 and loaded.places == places and loaded.growth and loaded.config == model.config
+    for one, other in zip(loaded.tables(8, pitch_hz=330.0), model.tables(8, pitch_hz=330.0), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("trained", [7, 8])
@@ -306,10 +363,11 @@ class TestModelFiles:
         """A file that fastnca wrote when models got versions; it must be readable for ever."""
         model, card = fastnca.load_model(Path(__file__).parent / "data" / "model_version_2.safetensors")
         assert model.config == {
-            "num_channels": 4, "n_mels": 80, "n_linear": 513, "life_mask": True,
+            "num_channels": 4, "n_mels": 80, "n_linear": 513, "life_mask": True, "context": None, "growth": False,
             "coordinates": [["sin", "f", 0], ["cos", "t", 1]],
         }  # fmt: skip
         assert card == SoundCard(Scale(1.5, 20.25, MelBands(0.0, 11025.0)), 88, 96, "auto", None, "default", 285)
+        assert all(torch.isfinite(grid).all() for grid in model.grow(8, 4))
         assert sum(tensor.abs().sum().item() for tensor in model.state_dict().values()) == pytest.approx(636.6023)
 
     def test_a_newer_version_is_refused(self, tmp_path):

@@ -50,9 +50,8 @@ class Soap(torch.optim.Optimizer):
         left.lerp_(gradient @ gradient.T, 1.0 - basis_beta)
         right.lerp_(gradient.T @ gradient, 1.0 - basis_beta)
         if step == 1:  # there is a basis now, but nothing to divide by yet
-            bases = [
-                torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right)
-            ]  # the largest first, as below
+            # The largest eigenvalue first, as QR keeps them.
+            bases = (torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right))
             state["left_basis"], state["right_basis"] = bases
             return
         left_basis, right_basis = state["left_basis"], state["right_basis"]
