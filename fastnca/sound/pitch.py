@@ -41,7 +41,7 @@ def read_pitch(text, recording_hz=None):
     Raises ValueError for anything else, and for semitones where ``recording_hz`` is None.
     """
     text = text.strip()
-    if match := re.fullmatch(r"([0-9.]+)\s*hz", text, re.IGNORECASE):
+    if match := re.fullmatch(r"([0-9]*\.?[0-9]+)\s*hz", text, re.IGNORECASE):
         hertz = float(match[1])
     elif re.fullmatch(r"[+-][0-9]*\.?[0-9]+", text):
         if recording_hz is None:

@@ -193,7 +193,7 @@ class Trainer:
         """
         started = time.perf_counter()
         recipe = self.recipe
-        continued = self._chance(recipe.continue_share)
+        continued = self._chance(recipe.continue_share) and bool(self.best)  # the first epoch is from seeds
         if continued:
             window = self.living_windows.next()
             age = int(self.ages[window].max())
