@@ -283,6 +283,82 @@ def generate(
 
 
 @app.command()
+def life(
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file, wherever that is.")
+    ],
+    target: Annotated[
+        Path | None, typer.Option(help="Compare with this recording instead of target.wav beside the model file.")
+    ] = None,
+    until: Annotated[
+        int, typer.Option(help="Leave out ages beyond this many steps; 1000 is ten times as fast as 10000.")
+    ] = 10_000,
+    backend: Backend = "auto",
+):
+    """Tell how alive a learned sound is: whether it grows from one cell, stays, and heals.
+
+    Writes life.json and life.png beside the model file. 10,000 steps can take many minutes on a CPU.
+    """
+    import time
+
+    from rich.console import Console
+
+    from .life import examine
+
+    start = time.monotonic()
+    with _one_line_errors(2), _progress_bar(Console(stderr=True)) as show:
+
+        def on_progress(share, text):
+            minutes_left = (time.monotonic() - start) * (1.0 / share - 1.0) / 60
+            show(share, f"{text}, {minutes_left:.1f} min left")
+
+        result, folder = examine(path, target, until=until, backend=backend, on_progress=on_progress)
+    console = Console(highlight=False)
+    for table in _life_tables(result):
+        console.print(table)
+    typer.echo(f"{folder / 'life.json'} and {folder / 'life.png'} say and show the same")
+
+
+def _life_tables(life):
+    """Tables of a Life: its errors by age, and its wounds."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    def table(title, *columns):
+        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        for name in columns:
+            made.add_column(name, justify="right" if name[0].isdigit() or "dB" in name else "left")
+        return made
+
+    def decibel(*errors):
+        return ["-" if error is None else f"{error:.2f}" for error in errors]
+
+    full, least = life.one_seed_steps_to_full, life.least_steps_to_full
+    if full is None:
+        title = f"From one cell life has not filled both grids in {4 * least} steps"
+    else:
+        title = f"From one cell life fills both grids in {full} steps; {least} is the least possible"
+    ages = table(title, "age", "mel, dB", "linear, dB")
+    rows = [(age, f"{age} steps", life.mel_l1_db_at[age], life.linear_l1_db_at[age]) for age in life.mel_l1_db_at]
+    if full is not None:
+        rows.append((full, f"{full} steps, just full", life.one_seed_mel_l1_db, life.one_seed_linear_l1_db))
+    for _, name, *errors in sorted(rows, key=lambda row: row[:2]):
+        ages.add_row(name, *decibel(*errors))
+
+    healing = list(life.wounds[0]["mel_healed"])
+    title = f"Wounds at the age of {life.wounded_at} steps: errors in dB right after, and so many steps later"
+    wounds = table(title, "wound", "grid", "0", *map(str, healing))
+    for grid in ("mel", "linear"):
+        twin = life.wounds[0]
+        wounds.add_row("none", grid, *decibel(twin[f"{grid}_before"], *twin[f"{grid}_twin"].values()))
+        for row in life.wounds:
+            errors = row[f"{grid}_wounded"], *row[f"{grid}_healed"].values()
+            name = f"{row['kind']}, {100 * row['share']:.0f} %"
+            wounds.add_row(name, grid, *decibel(*errors), end_section=row is life.wounds[-1])
+    return ages, wounds
+
+
+@app.command()
 def compare(
     reference: Annotated[Path, typer.Argument(metavar="REF.wav", help="The recording to compare with.")],
     generated: Annotated[Path, typer.Argument(metavar="GEN.wav", help="The sound to judge.")],
