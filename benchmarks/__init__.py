@@ -3,7 +3,7 @@
 - ``speed``: how long a rollout takes. ``python -m benchmarks.speed.cpu`` writes the README's tables, and
   ``python -m benchmarks.speed.gpu`` checks and measures the Triton kernels on a GPU; ``pytest benchmarks`` is a quick
   look.
-- ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends, ``lifetimes`` tells what
-  becomes of a grown sound.
+- ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends; what becomes of a grown
+  sound tells ``fastnca life``.
 - ``compiled``: what the Triton kernels compile to, told without a GPU.
 """

@@ -312,20 +312,22 @@ def life(
             minutes_left = (time.monotonic() - start) * (1.0 / share - 1.0) / 60
             show(share, f"{text}, {minutes_left:.1f} min left")
 
-        result, folder = examine(path, target, until=until, backend=backend, on_progress=on_progress)
+        measured, folder = examine(path, target, until=until, backend=backend, on_progress=on_progress)
     console = Console(highlight=False)
-    for table in _life_tables(result):
-        console.print(table)
+    for part in _life_report(measured):
+        console.print(part)
     typer.echo(f"{folder / 'life.json'} and {folder / 'life.png'} say and show the same")
 
 
-def _life_tables(life):
-    """Tables of a Life: its errors by age, and its wounds."""
+def _life_report(life):
+    """What is told of a Life, in parts: text, a table of errors by age, text, and a table of wounds."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    def table(title, *columns):
-        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    from .life import PATIENCE
+
+    def table(*columns):
+        made = Table(box=SIMPLE_HEAD)
         for name in columns:
             made.add_column(name, justify="right" if name[0].isdigit() or "dB" in name else "left")
         return made
@@ -335,19 +337,19 @@ def _life_tables(life):
 
     full, least = life.one_seed_steps_to_full, life.least_steps_to_full
     if full is None:
-        title = f"From one cell life has not filled both grids in {4 * least} steps"
+        growth = f"From one cell life has not filled both grids in {PATIENCE * least} steps"
     else:
-        title = f"From one cell life fills both grids in {full} steps; {least} is the least possible"
-    ages = table(title, "age", "mel, dB", "linear, dB")
+        growth = f"From one cell life fills both grids in {full} steps; {least} is the least possible"
+    ages = table("age", "mel, dB", "linear, dB")
     rows = [(age, f"{age} steps", life.mel_l1_db_at[age], life.linear_l1_db_at[age]) for age in life.mel_l1_db_at]
     if full is not None:
         rows.append((full, f"{full} steps, just full", life.one_seed_mel_l1_db, life.one_seed_linear_l1_db))
     for _, name, *errors in sorted(rows, key=lambda row: row[:2]):
         ages.add_row(name, *decibel(*errors))
 
-    healing = list(life.wounds[0]["mel_healed"])
-    title = f"Wounds at the age of {life.wounded_at} steps: errors in dB right after, and so many steps later"
-    wounds = table(title, "wound", "grid", "0", *map(str, healing))
+    since = list(life.wounds[0]["mel_healed"])
+    healing = f"Wounds at the age of {life.wounded_at} steps: errors in dB after so many steps"
+    wounds = table("wound", "grid", "0", *map(str, since))
     for grid in ("mel", "linear"):
         twin = life.wounds[0]
         wounds.add_row("none", grid, *decibel(twin[f"{grid}_before"], *twin[f"{grid}_twin"].values()))
@@ -355,7 +357,7 @@ def _life_tables(life):
             errors = row[f"{grid}_wounded"], *row[f"{grid}_healed"].values()
             name = f"{row['kind']}, {100 * row['share']:.0f} %"
             wounds.add_row(name, grid, *decibel(*errors), end_section=row is life.wounds[-1])
-    return ages, wounds
+    return growth, ages, healing, wounds
 
 
 @app.command()

@@ -96,7 +96,9 @@ class _Course:
     def levels(self, index=0):
         """-> (mel_db, linear_db) of one life, arrays [H, T] with NaN where nothing lives."""
         return tuple(
-            torch.where(alive(grid)[:, 0] | (not self.automaton.life_mask), decode_db(grid), math.nan)[index].cpu().numpy()
+            torch.where(alive(grid)[:, 0] | (not self.automaton.life_mask), decode_db(grid), math.nan)[index]
+            .cpu()
+            .numpy()
             for grid in self.grids
         )
 
@@ -136,7 +138,7 @@ def measure(model, target, ages=AGES, healing=HEALING, on_progress=None):
     automaton, n_frames = model.automaton, target.n_frames
     if n_frames != model.card.n_frames:
         raise ValueError(f"the target has {n_frames} frames, and the model learned {model.card.n_frames}")
-    least = automaton.steps_to_fill(n_frames)
+    least = max(1, automaton.steps_to_fill(n_frames) - 1)  # a cell lives as soon as a neighbor's alpha is above 0
     oldest = max(ages, default=0)
     healing_cost = (1 + len(WOUNDS)) * max(healing)
     done, doing = 0, "growing"
@@ -249,6 +251,6 @@ def examine(path, target=None, *, until=AGES[-1], backend="auto", on_progress=No
     ages = check_ages(until)
     model_file = find_model_file(path)
     model = load(model_file, backend=backend, vocoder="griffinlim")  # nothing is decoded
-    life = measure(model, find_target(model_file, model.card, target), ages, on_progress=on_progress)
+    life = measure(model, find_target(model_file, model.card, target), ages, HEALING, on_progress)
     life.save(model_file.parent)
     return life, model_file.parent

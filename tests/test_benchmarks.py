@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import implementations, report
-from benchmarks.quality import curves, lifetimes, recipes, sounds
+from benchmarks.quality import curves, recipes, sounds
 from benchmarks.speed import cpu, workers
 from fastnca.sound.spectrogram import analyze
 
@@ -166,17 +166,6 @@ def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch):
     assert f"| `{chosen[0]}` | 1 | {ratio:.3g} ({ratio:.3g}) |" in (tmp_path / "recipes.md").read_text()
     assert (tmp_path / "voice_0.png").stat().st_size > 1000
 
-    # A run's folder is all that lifetimes needs.
-    monkeypatch.setattr(lifetimes, "AGES", (6, 8))
-    monkeypatch.setattr(lifetimes, "LENGTHS", (1, 2))
-    (run,) = (tmp_path / "runs").glob("default,*")
-    tables = lifetimes.main([str(run), "-o", str(tmp_path)])
-    assert list(tables) == ["lengths", "ages", "damage"]
-    assert [row["steps"] for row in tables["ages"]] == [6, 8]
-    assert {row["time"] for row in tables["lengths"]} == {"target", "stretch", "sustain"}
-    assert "undamaged, 96 steps later" in tables["damage"][0]
-    assert len(read_csv(tmp_path / "lifetimes.csv")) == sum(map(len, tables.values()))
-
 
 def test_a_recipe_that_diverges_is_a_row(tmp_path):
     recipe = "notebook,learning_rate=1e30,num_steps=4"
@@ -202,8 +191,3 @@ def test_synthesized_sounds_can_be_learned(name):
     _, samples = sounds.load(name, 0.5)
     assert analyze(samples).n_frames in (43, 48)  # a bowed string is rounded up to eight frames
     assert 0.1 < np.abs(samples).max() < 1.2
-
-
-def test_lifetimes_hear_the_pitch():
-    time = np.arange(22050) / 22050
-    assert lifetimes.peak_frequency(np.sin(2 * np.pi * 441.3 * time)) == pytest.approx(441.3, abs=0.05)

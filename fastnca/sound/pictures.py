@@ -135,15 +135,10 @@ def save_life(path, life):
     ages = sorted(age for age in life.errors if age > 0)
     for index, (name, color) in enumerate((("mel", "tab:orange"), ("linear", "tab:purple"))):
         errors = [np.nan if life.errors[age][index] is None else life.errors[age][index] for age in ages]
-        axis.plot(ages, errors, ".-", color=color, label=name)
-    moments = [(life.full, "full of life"), (life.wounded_at, "wounded")]
-    for (age, name), (side, offset) in zip(moments, (("right", -4), ("left", 4))):
+        axis.plot(ages, errors, color=color, label=name)
+    for age, name, style in ((life.full, "full of life", ":"), (life.wounded_at, "wounded", "--")):
         if age:
-            axis.axvline(age, color="gray", linewidth=1, linestyle=":")
-            axis.annotate(
-                f"{name}, step {age}", (age, 0.97), (offset, 0), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha=side, va="top", color="gray",
-            )  # fmt: skip
+            axis.axvline(age, color="gray", linewidth=1, linestyle=style, label=f"{name}: step {age}")
     axis.set(xscale="log", ylim=(0, None), xlabel="age (steps)", ylabel="mean absolute error (dB)")
     axis.set_title("distance from the recording, grown from one cell")
     axis.xaxis.set_major_formatter("{x:.0f}")
