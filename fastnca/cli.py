@@ -308,50 +308,80 @@ def generate(
 
 @app.command()
 def life(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file, wherever that is.")
+    ],
     target: Annotated[
-        Path | None, typer.Option(help="Compare with this recording; by default target.wav beside the model.")
+        Path | None, typer.Option(help="Compare with this recording instead of target.wav beside the model file.")
     ] = None,
-    until: Annotated[int, typer.Option(help="Leave out the ages above this many steps.")] = 10_000,
+    until: Annotated[
+        int, typer.Option(help="Leave out ages beyond this many steps; 1000 is ten times as fast as 10000.")
+    ] = 10_000,
     backend: Backend = "auto",
 ):
-    """Measure how a sound grows from one cell, ages and heals; write life.json and life.png."""
+    """Tell how alive a learned sound is: whether it grows from one cell, stays, and heals.
+
+    Writes life.json and life.png beside the model file. 10,000 steps can take many minutes on a CPU.
+    """
+    import time
+
     from rich.console import Console
+
+    from .life import examine
+
+    start = time.monotonic()
+    with _one_line_errors(2), _progress_bar(Console(stderr=True)) as show:
+
+        def on_progress(share, text):
+            minutes_left = (time.monotonic() - start) * (1.0 / share - 1.0) / 60
+            show(share, f"{text}, {minutes_left:.1f} min left")
+
+        measured, folder = examine(path, target, until=until, backend=backend, on_progress=on_progress)
+    console = Console(highlight=False)
+    for part in _life_report(measured):
+        console.print(part)
+    typer.echo(f"{folder / 'life.json'} and {folder / 'life.png'} say and show the same")
+
+
+def _life_report(life):
+    """What is told of a Life, in parts: text, a table of errors by age, text, and a table of wounds."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from .life import HEALING
-    from .life import life as write_life
+    from .life import PATIENCE
 
-    console = Console(stderr=True)
-    with _one_line_errors(2), _progress_bar(console) as show:
-        found = write_life(
-            path,
-            target=target,
-            until=until,
-            backend=backend,
-            on_step=lambda done, total: show(done / total, f"step {done} of about {total}"),
-        )
+    def table(*columns):
+        made = Table(box=SIMPLE_HEAD)
+        for name in columns:
+            made.add_column(name, justify="right" if name[0].isdigit() or "dB" in name else "left")
+        return made
 
-    def pair(errors):
-        return " / ".join(f"{errors[grid]:.2f}" for grid in ("mel", "linear"))
+    def decibel(*errors):
+        return ["-" if error is None else f"{error:.2f}" for error in errors]
 
-    out = Console(width=100)
-    if found.steps_to_full is None:
-        out.print("life never reached every cell from one seed")
+    full, least = life.one_seed_steps_to_full, life.least_steps_to_full
+    if full is None:
+        growth = f"From one cell life has not filled both grids in {PATIENCE * least} steps"
     else:
-        out.print(f"full {found.steps_to_full} steps after one live cell: {pair(found.at_full)} dB off, mel / linear")
-    ages = Table("age, steps", "error, dB", title="mel / linear")
-    for age in found.at["mel"]:
-        ages.add_row(str(age), pair({grid: errors[age] for grid, errors in found.at.items()}))
-    out.print(ages)
-    wounds = Table("wound", "wounded", *(f"{steps} steps later" for steps in HEALING), title="mel / linear error, dB")
-    for wound in found.wounds:
-        later = (pair({grid: errors[steps] for grid, errors in wound.healed.items()}) for steps in HEALING)
-        wounds.add_row(f"{wound.kind}, {wound.share:.0%}", pair(wound.wounded), *later)
-    twin = found.wounds[0]
-    later = (pair({grid: errors[steps] for grid, errors in twin.twin.items()}) for steps in HEALING)
-    wounds.add_row("none", pair(twin.before), *later)
-    out.print(wounds)
+        growth = f"From one cell life fills both grids in {full} steps; {least} is the least possible"
+    ages = table("age", "mel, dB", "linear, dB")
+    rows = [(age, f"{age} steps", life.mel_l1_db_at[age], life.linear_l1_db_at[age]) for age in life.mel_l1_db_at]
+    if full is not None:
+        rows.append((full, f"{full} steps, just full", life.one_seed_mel_l1_db, life.one_seed_linear_l1_db))
+    for _, name, *errors in sorted(rows, key=lambda row: row[:2]):
+        ages.add_row(name, *decibel(*errors))
+
+    since = list(life.wounds[0]["mel_healed"])
+    healing = f"Wounds at the age of {life.wounded_at} steps: errors in dB after so many steps"
+    wounds = table("wound", "grid", "0", *map(str, since))
+    for grid in ("mel", "linear"):
+        twin = life.wounds[0]
+        wounds.add_row("none", grid, *decibel(twin[f"{grid}_before"], *twin[f"{grid}_twin"].values()))
+        for row in life.wounds:
+            errors = row[f"{grid}_wounded"], *row[f"{grid}_healed"].values()
+            name = f"{row['kind']}, {100 * row['share']:.0f} %"
+            wounds.add_row(name, grid, *decibel(*errors), end_section=row is life.wounds[-1])
+    return growth, ages, healing, wounds
 
 
 @app.command()

@@ -1,189 +1,256 @@
-"""How alive a grown sound is: how it grows from one cell, ages, and heals."""
+"""How alive a grown sound is: whether it grows from one cell, stays as it ages, and heals."""
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-from .automaton import reference
+from .automaton.reference import alive
 from .files import atomic_write
-from .generate import grow_on
 from .model import decode_db
 from .sound.convention import HOP_LENGTH, SAMPLE_RATE
 from .sound.files import load_audio
-from .sound.pictures import save_life
+from .sound.pictures import LifePicture, save_life
 from .sound.spectrogram import analyze
 from .sound_model import SETTLING_STEPS, find_model_file, load
 
 AGES = (96, 192, 384, 1000, 10_000)  # steps
-HEALING = (32, 96, 384)  # steps after a wound
-HOLES = (0.05, 0.11, 0.25, 0.5)  # shares of the area
-SLICE = 0.1  # share of the frames, or of the bands, that a slice or a band takes
-PATIENCE = 4  # times the least steps to fill: a growth that is not full by then never will be
+HEALING = (32, 96, 384)  # steps since the wound
+PATIENCE = 4  # times the least number of steps that life may take to fill the grids
+WOUNDS = (("hole", 0.05), ("hole", 0.11), ("hole", 0.25), ("hole", 0.5), ("time slice", 0.1), ("band", 0.1))
+WOUND_SHOWN = 2  # of these
+STAGES = (1 / 4, 1 / 2, 3 / 4)  # of the growth that the picture shows
+ROLLOUT_STEPS = 16  # between two reports of progress
 
 
-@dataclass
-class Wound:
-    """A wound and how it heals: errors in dB, by grid ("mel", "linear") and, after the wound, by steps.
-
-    kind: "hole", "time slice" or "band". share: of the area. twin: the same growth without the wound.
-    """
-
-    kind: str
-    share: float
-    before: dict
-    wounded: dict
-    healed: dict
-    twin: dict
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Life:
-    """What :func:`measure` found; errors are mean absolute distances from the target over all cells, in dB.
+    """What has been measured of one life, all in steps and dB. :meth:`to_dict` is what ``life.json`` holds.
 
-    steps_to_full: from one live cell in the middle of each grid until life is in every cell; None if it never was.
-    at_full: {grid: error} then. at: {grid: {steps: error}} at ages. wounds: list of Wound. stages: grids to look at,
-    [(title, (mel_db, linear_db))].
+    Errors are mean absolute level differences from the recording over all cells of a grid, None where they are not
+    finite.
+
+    Args:
+        n_frames: of the grids.
+        least_steps_to_full: what life needs at least to fill both grids from the seed.
+        one_seed_steps_to_full: what it took; None where it did not in four times as many.
+        one_seed_mel_l1_db, one_seed_linear_l1_db: the errors at that age, or None.
+        mel_l1_db_at, linear_l1_db_at: {age: error}.
+        wounded_at: the age at which the wounds were cut.
+        wounds: of each its kind ("hole", "time slice", "band") and share of the area; mel_before and mel_wounded, the
+            errors right before and after the cut; mel_healed, {steps since: error}, and mel_twin, the same of the
+            undamaged twin at equal age. And all these of the linear grid.
+        picture: what :func:`pictures.save_life` draws.
     """
 
-    steps_to_full: int | None
-    at_full: dict
-    at: dict
+    n_frames: int
+    least_steps_to_full: int
+    one_seed_steps_to_full: int | None
+    one_seed_mel_l1_db: float | None
+    one_seed_linear_l1_db: float | None
+    mel_l1_db_at: dict
+    linear_l1_db_at: dict
+    wounded_at: int
     wounds: list
-    stages: list = field(repr=False)
+    picture: LifePicture = field(repr=False)
 
     def to_dict(self):
-        """What life.json holds."""
-        return {
-            "one_seed_steps_to_full": self.steps_to_full,
-            **{f"one_seed_{grid}_l1_db": self.at_full.get(grid) for grid in ("mel", "linear")},
-            **{f"{grid}_l1_db_at": errors for grid, errors in self.at.items()},
-            "wounds": [
-                {"kind": wound.kind, "share": wound.share}
-                | {f"{grid}_{when}": getattr(wound, when)[grid] for grid in self.at for when in _WHEN}
-                for wound in self.wounds
-            ],
-        }
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "picture"}
+
+    def save(self, folder):
+        """Write ``life.json`` and ``life.png``, each atomically."""
+        with atomic_write(Path(folder) / "life.json") as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        save_life(Path(folder) / "life.png", self.picture)
 
 
-_WHEN = ("before", "wounded", "healed", "twin")
+class _Course:
+    """Lives of one sound, side by side, on their way: their grids [N, C, H, T], their age, and their errors."""
+
+    def __init__(self, automaton, target, grids, on_step, age=0):
+        self.automaton, self.grids, self.age, self.on_step = automaton, grids, age, on_step
+        self.tables = automaton.tables(target.n_frames)
+        self.target = [level.to(grid) for level, grid in zip((target.mel_db, target.linear_db), grids)]
+
+    def go_on(self, age):
+        """Live to that age."""
+        while self.age < age:
+            steps = min(ROLLOUT_STEPS, age - self.age)
+            self.grids = self.automaton.rollout(*self.grids, steps, precision="fp32", tables=self.tables)
+            self.age += steps
+            self.on_step(steps * len(self.grids[0]), self.age)
+
+    @property
+    def full(self):
+        """Whether life fills both grids; it does everywhere where there is no life mask."""
+        return not self.automaton.life_mask or all(bool(alive(grid).all()) for grid in self.grids)
+
+    def errors(self):
+        """-> [(mel error, linear error)] in dB of each life."""
+        pairs = zip(self.grids, self.target)
+        errors = [(decode_db(grid) - target).abs().mean(dim=(1, 2)).tolist() for grid, target in pairs]
+        return [tuple(error if math.isfinite(error) else None for error in pair) for pair in zip(*errors)]
+
+    def levels(self, index=0):
+        """-> (mel_db, linear_db) of one life, arrays [H, T] with NaN where nothing lives."""
+        return tuple(
+            torch.where(alive(grid)[:, 0] | (not self.automaton.life_mask), decode_db(grid), math.nan)[index]
+            .cpu()
+            .numpy()
+            for grid in self.grids
+        )
 
 
-def boxes(height, width):
-    """The wounds of a grid: [(kind, share of the area, rows, columns)], slices in its middle."""
+def wound(grid, kind, share):
+    """Zero the middle of a grid [C, H, T] in place: a hole of that share of its area, as wide and as high as the grid
+    in proportion, a time slice through all bands, or a band through all frames."""
+    sides = {"hole": (math.sqrt(share),) * 2, "time slice": (1.0, share), "band": (share, 1.0)}[kind]
+    for axis, side in zip((1, 2), sides):
+        length = grid.shape[axis]
+        size = max(1, round(side * length))
+        grid = grid.narrow(axis, (length - size) // 2, size)
+    grid.zero_()
 
-    def middle(size, share):
-        length = max(1, round(size * share))
-        return slice((size - length) // 2, (size - length) // 2 + length)
 
-    whole = slice(None)
-    holes = [("hole", share, middle(height, share**0.5), middle(width, share**0.5)) for share in HOLES]
-    return [
-        *holes,
-        ("time slice", SLICE, whole, middle(width, SLICE)),
-        ("band", SLICE, middle(height, SLICE), whole),
-    ]
+def check_ages(until):
+    """The ages to measure, up to ``until``. Raises ValueError where there would be none."""
+    if until < AGES[0]:
+        raise ValueError(f"until must be at least {AGES[0]} steps, got {until}")
+    return tuple(age for age in AGES if age <= until)
 
 
 @torch.no_grad()
-def measure(model, target, ages=AGES, on_step=None):
-    """Grows a sound from one cell and judges it at those ages, wounds it and lets it heal -> Life.
+def measure(model, target, ages=AGES, healing=HEALING, on_progress=None):
+    """Grow a sound from one live cell in the middle of each grid, let it age, and wound it -> Life.
 
     Args:
-        model: a SoundModel. target: the DualSpectrogram that it learned.
-        ages: in steps. on_step: called with (steps done, steps in all), where the latter is an estimate.
+        model: the SoundModel. target: the recording that it learned, a DualSpectrogram of the same length.
+        ages: steps since the seed at which to measure the errors. healing: the same since the wounds.
+        on_progress: called with (share done, what is done).
+
+    Raises ValueError for another target.
+
+    >>> life = fastnca.life.measure(fastnca.load("violin"), target, ages=(96, 384))
+    >>> life.one_seed_steps_to_full, life.mel_l1_db_at[384]
     """
-    automaton, plan = model.automaton, model.plan(target.n_frames)
-    targets = dict(zip(("mel", "linear"), (target.mel_db, target.linear_db)))
-    least = automaton.steps_to_fill(target.n_frames)
-    cuts = boxes(*target.linear_db.shape)
-    total = max(*ages, least + SETTLING_STEPS) + len(cuts) * max(HEALING)
-    done = 0
+    automaton, n_frames = model.automaton, target.n_frames
+    if n_frames != model.card.n_frames:
+        raise ValueError(f"the target has {n_frames} frames, and the model learned {model.card.n_frames}")
+    least = max(1, automaton.steps_to_fill(n_frames) - 1)  # a cell lives as soon as a neighbor's alpha is above 0
+    oldest = max(ages, default=0)
+    healing_cost = (1 + len(WOUNDS)) * max(healing)
+    done, doing = 0, "growing"
 
-    def errors(grids):
-        pairs = zip(grids, targets.items())
-        return {name: (decode_db(grid)[0].cpu() - level).abs().mean().item() for grid, (name, level) in pairs}
-
-    def grow(grids, steps):
+    def on_step(steps, age):
         nonlocal done
-        while steps > 0:  # in parts, so that somebody can watch
-            part = min(steps, 96)
-            grids, steps, done = grow_on(automaton, plan, grids, part), steps - part, done + part
-            if on_step:
-                on_step(min(done, total), total)
-        return grids
+        done += steps
+        if on_progress:
+            total = max(oldest, least + SETTLING_STEPS) + healing_cost
+            on_progress(min(1.0, done / total), f"{doing}: step {age}")
 
-    def full(grids):
-        return all(reference.alive(grid).all() for grid in grids)
+    life = _Course(automaton, target, automaton.seed(n_frames), on_step)
+    noted, pictures = {}, {}  # by age
+    shown = {round(share * max(least, model.card.num_steps)) for share in STAGES}
+    between = {round(2 ** (power / 2)) for power in range(30)}  # for the curve
 
-    seeds = automaton.seed(plan.n_frames)
-    grids, steps_to_full = grow(seeds, least), least
-    while not full(grids) and steps_to_full < PATIENCE * least:
-        grids, steps_to_full = grow(grids, 1), steps_to_full + 1
-    grown = steps_to_full if full(grids) else None
-    at_full = errors(grids) if grown else {}
-    mature = grow(grids, SETTLING_STEPS)
+    def live(until):
+        """Go on to that age, noting on the way what the result or the picture is to tell."""
+        for stop in sorted({*ages, *shown, *between, until}):
+            if life.age < stop <= until:
+                life.go_on(stop)
+                noted[stop] = life.errors()[0]
+                if stop in shown:
+                    pictures[stop] = life.levels()
 
-    at = {name: {} for name in targets}
-    age, grids = 0, seeds
-    stages = []
-    for step in sorted({*ages, least // 4, least // 2, steps_to_full} - {0}):
-        grids, age = grow(grids, step - age), step
-        if step in ages:
-            for name, error in errors(grids).items():
-                at[name][step] = error
-        stages.append((f"{step} steps", automaton.levels(grids)))
+    while not life.full and life.age < PATIENCE * least:
+        live(life.age + 1)
+    full = life.age if life.full else None
+    live(max(1, life.age))
+    pictures[life.age] = life.levels()
+    full_errors = noted[full] if full else (None, None)
+    live(life.age + SETTLING_STEPS)
 
-    twins, twin, age = {}, mature, 0
-    for step in HEALING:
-        twin, age = grow(twin, step - age), step
-        twins[step] = errors(twin)
-    wounds = []
-    for cut in range(len(cuts)):
-        wounded = []
-        for grid in mature:
-            kind, share, rows, columns = boxes(*grid.shape[2:])[cut]
-            wounded.append(grid.clone())
-            wounded[-1][:, :, rows, columns] = 0.0
-        healed, healing, age = {}, wounded, 0
-        for step in HEALING:
-            healing, age = grow(healing, step - age), step
-            healed[step] = errors(healing)
-            if kind == "hole" and share == 0.25 and step == HEALING[1]:
-                stages += [("a wound", automaton.levels(wounded)), (f"{step} steps later", automaton.levels(healing))]
-        by_step = [{name: {s: e[name] for s, e in found.items()} for name in targets} for found in (healed, twins)]
-        wounds.append(Wound(kind, share, errors(mature), errors(wounded), *by_step))
-    return Life(grown, at_full, at, wounds, stages)
+    doing = "healing"
+    wounded_at = life.age
+    grids = [grid.repeat(1 + len(WOUNDS), 1, 1, 1) for grid in life.grids]  # the first is the undamaged twin
+    for index, (kind, share) in enumerate(WOUNDS, start=1):
+        for grid in grids:
+            wound(grid[index], kind, share)
+    lives = _Course(automaton, target, grids, on_step, wounded_at)
+    stages = {0: lives.errors()}
+    wound_pictures = [("before", lives.levels(0)), ("wounded", lives.levels(1 + WOUND_SHOWN))]
+    for steps in sorted(healing):
+        lives.go_on(wounded_at + steps)
+        stages[steps] = lives.errors()
+        wound_pictures.append((f"{steps} steps later", lives.levels(1 + WOUND_SHOWN)))
+    wound_pictures.append(("unwounded, as old", lives.levels(0)))
+    wounds = [_wound_row(index, stages) for index in range(1, 1 + len(WOUNDS))]
+
+    doing = "ageing"
+    live(oldest)
+    pictures[life.age] = life.levels()
+    growth_pictures = [(f"step {age}", levels) for age, levels in sorted(pictures.items())]
+    growth_pictures.append(("recording", (target.mel_db.numpy(), target.linear_db.numpy())))
+    kind, share = WOUNDS[WOUND_SHOWN]
+    return Life(
+        n_frames,
+        least,
+        full,
+        *full_errors,
+        *({age: noted[age][index] for age in sorted(ages)} for index in (0, 1)),
+        wounded_at,
+        wounds,
+        LifePicture(noted, full, wounded_at, growth_pictures, f"a {kind} of {100 * share:.0f} %", wound_pictures),
+    )
 
 
-def life(path, *, target=None, until=AGES[-1], backend="auto", on_step=None):
-    """Measures the sound of a finished run and writes ``life.json`` and ``life.png`` beside its model -> Life.
+def _wound_row(index, stages):
+    """The entry of ``Life.wounds`` for life ``index``; ``stages`` is {steps since the wound: errors of all lives}."""
+    kind, share = WOUNDS[index - 1]
+    row = {"kind": kind, "share": share}
+    for grid, name in enumerate(("mel", "linear")):
+        since = {steps: (errors[index][grid], errors[0][grid]) for steps, errors in stages.items()}
+        row[f"{name}_wounded"], row[f"{name}_before"] = since.pop(0)
+        row[f"{name}_healed"] = {steps: healed for steps, (healed, _) in since.items()}
+        row[f"{name}_twin"] = {steps: twin for steps, (_, twin) in since.items()}
+    return row
+
+
+def find_target(model_file, card, target=None):
+    """The recording that a model learned -> DualSpectrogram.
+
+    ``target`` is its wav file, ``target.wav`` beside the model file if not given. Raises OSError or ValueError where
+    there is none, or one of another length.
+    """
+    path = Path(target or model_file.with_name("target.wav"))
+    if not path.is_file():
+        hint = "" if target else ", the recording that it was learned from; name it by --target"
+        raise FileNotFoundError(f"no such file: {path}{hint}")
+    length = card.n_frames * HOP_LENGTH
+    samples, _ = load_audio(path, length / SAMPLE_RATE)
+    if len(samples) < length:
+        raise ValueError(
+            f"{path} has {len(samples) // HOP_LENGTH} frames, and the model learned {card.n_frames}; "
+            "name the recording that it was learned from by --target"
+        )
+    return analyze(samples[:length], card.scale.bands)
+
+
+def examine(path, target=None, *, until=AGES[-1], backend="auto", on_progress=None):
+    """Measure how alive a learned sound is -> (Life, the folder of life.json and life.png: that of the model file).
 
     Args:
-        path: the folder that ``fastnca grow`` wrote, or a model file.
-        target: the recording, if it is not ``target.wav`` beside the model.
-        until: leaves out the ages above it.
+        path: the folder that ``fastnca grow`` wrote, or a model file. target: see :func:`find_target`.
+        until: the greatest age to measure, in steps. backend: see :func:`fastnca.load`. on_progress: see
+            :func:`measure`.
 
-    Raises FileNotFoundError where there is no model or no recording, ValueError for another bad input.
+    Raises ValueError, OSError for bad input, RuntimeError for a backend that cannot run here.
     """
+    ages = check_ages(until)
     model_file = find_model_file(path)
-    recording = Path(target) if target else model_file.with_name("target.wav")
-    if not recording.is_file():
-        raise FileNotFoundError(f"no recording {recording} to compare with; name it with --target")
-    ages = [age for age in AGES if age <= until]
-    if not ages:
-        raise ValueError(f"until must be at least {min(AGES)} steps, got {until}")
-    model = load(model_file, backend=backend)
-    samples, _ = load_audio(recording, duration=model.card.n_frames * HOP_LENGTH / SAMPLE_RATE)
-    spectrogram = analyze(samples, model.card.scale.bands)
-    if spectrogram.n_frames != model.card.n_frames:
-        raise ValueError(
-            f"{recording} has {spectrogram.n_frames} frames, and the sound was learned from {model.card.n_frames}"
-        )
-    found = measure(model, spectrogram, ages, on_step)
-    with atomic_write(model_file.with_name("life.json")) as file:
-        file.write((json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    stages = [(title, model.spectrogram(*levels)) for title, levels in found.stages]
-    save_life(model_file.with_name("life.png"), found.at, [("target", spectrogram), *stages])
-    return found
+    model = load(model_file, backend=backend, vocoder="griffinlim")  # nothing is decoded
+    life = measure(model, find_target(model_file, model.card, target), ages, HEALING, on_progress)
+    life.save(model_file.parent)
+    return life, model_file.parent

@@ -25,6 +25,8 @@ RUN_FILES = (
     "generated.wav",
     "target.png",
     "final.png",
+    "life.json",
+    "life.png",
     "progress",
     "tensorboard",
 )

@@ -1,101 +1,151 @@
-"""fastnca life: growth from one cell, age and wounds in numbers and a picture."""
+"""How alive a sound is: growing from one cell, ageing and healing, and the command that tells it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import fastnca
 from fastnca import life
 from fastnca.cli import app
 from fastnca.context import Places
+from fastnca.model import DualSpecTNCA
+from fastnca.sound.convention import MelBands
+from fastnca.sound.files import write_wav
 from fastnca.sound.spectrogram import Scale
+from fastnca.sound.synthetic import synthesize_bowed_string
 from fastnca.sound.vocoder import resolve_vocoder
 from fastnca.sound_model import SoundCard, SoundModel
 
-
-def make_model(growth=True):
-    """An automaton that has learned nothing yet; with growth life spreads, and every living cell counts its age."""
-    automaton = fastnca.DualSpecTNCA(context=Places() if growth else None, growth=growth)
-    with torch.no_grad():
-        automaton.update_mlp[-1].bias[0] = -1e-3
-    card = SoundCard(Scale(0.0, 0.0), 8, 8, "griffinlim", None, "default", 1)
-    return SoundModel(automaton, card, resolve_vocoder("griffinlim", None))
+VERSION_2 = Path(__file__).parent / "data" / "model_version_2.safetensors"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(life, "HEALING", (2, 4))
-    monkeypatch.setattr(life, "HOLES", (0.11, 0.25))
+def sound_model(n_frames=8, **options):
+    card = SoundCard(Scale(0.0, 0.0, MelBands()), n_frames, 8, "griffinlim", None, "default", 1)
+    return SoundModel(DualSpecTNCA(**options), card, resolve_vocoder("griffinlim", None))
 
 
-def test_a_life_in_numbers(target, short):
-    steps = []
-    found = life.measure(make_model(), target, (3, 6), on_step=lambda done, total: steps.append((done, total)))
-    assert found.steps_to_full == 256  # the linear grid, from its middle
-    assert set(found.at) == {"mel", "linear"} and list(found.at["mel"]) == [3, 6]
-    assert all(0.0 < error < 80.0 for errors in found.at.values() for error in errors.values())
-    assert [(wound.kind, wound.share) for wound in found.wounds] == [
-        ("hole", 0.11), ("hole", 0.25), ("time slice", 0.1), ("band", 0.1)
-    ]  # fmt: skip
-    for wound in found.wounds:
-        assert wound.wounded != wound.before
-        assert list(wound.healed["mel"]) == list(wound.twin["linear"]) == [2, 4]
-    assert all(done <= total for done, total in steps) and steps == sorted(steps)
+def growing():
+    """Life spreads by one cell a step, and the value stays at 0, or -40 dB."""
+    return sound_model(context=Places(), growth=True)
 
 
-def test_errors_are_those_of_the_grown_grids(target, short):
-    model = make_model()
-    found = life.measure(model, target, (3,))
-    grids = model.automaton.rollout(*model.automaton.seed(8), 3)
-    for grid, name in zip(grids, ("mel", "linear")):
-        error = (fastnca.decode_db(grid)[0] - getattr(target, f"{name}_db")).abs().mean().item()
-        assert found.at[name][3] == pytest.approx(error, rel=1e-6)
+def life_cli(*arguments):
+    return CliRunner().invoke(app, ["life", *(str(argument) for argument in arguments)])
 
 
-def test_without_growth_everything_lives_at_once(target, short):
-    assert life.measure(make_model(growth=False), target, (3,)).steps_to_full == 1
+def test_life_from_one_cell_fills_the_grids(target):
+    progress = []
+    measured = life.measure(
+        growing(), target, ages=(2, 300), healing=(2, 4), on_progress=lambda *done: progress.append(done)
+    )
+    # From the middle of 513 bands to the first there are 256; the last step is that of a cell whose neighbor lives.
+    assert measured.one_seed_steps_to_full == measured.least_steps_to_full == 255
+    assert measured.wounded_at == 255 + 32
+    error = (target.mel_db + 40.0).abs().mean().item()
+    assert measured.one_seed_mel_l1_db == pytest.approx(error)
+    assert measured.mel_l1_db_at == {2: pytest.approx(error), 300: pytest.approx(error)}
+    shares = [share for share, _ in progress]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1.0, abs=0.01)
+    titles = [title for title, _ in measured.picture.growth]
+    assert titles == ["step 64", "step 128", "step 191", "step 255", "step 300", "recording"]
+    mel, linear = measured.picture.growth[0][1]
+    assert not torch.from_numpy(mel).isnan().any() and torch.from_numpy(linear).isnan().any()
 
 
-def test_life_that_never_fills_is_told(target, short, monkeypatch):
-    monkeypatch.setattr(life, "PATIENCE", 1)
-    model = make_model()
-    with torch.no_grad():
-        model.automaton.update_mlp[-1].bias[1] = -1.0
-    found = life.measure(model, target, (3,))
-    assert found.steps_to_full is None and found.to_dict()["one_seed_mel_l1_db"] is None
+def test_life_that_does_not_spread_is_told(target, monkeypatch):
+    model = growing()
+    torch.nn.init.constant_(model.automaton.update_mlp[-1].bias, 0.0)
+    monkeypatch.setattr(life, "PATIENCE", 0.01)
+    measured = life.measure(model, target, ages=(), healing=(1,))
+    assert measured.one_seed_steps_to_full is None and measured.one_seed_mel_l1_db is None
+    assert len(measured.wounds) == 6
 
 
-def test_wounds_lie_in_the_middle():
-    for kind, share, rows, columns in life.boxes(80, 60):
-        grid = torch.zeros(80, 60)
-        grid[rows, columns] = 1.0
-        assert grid.mean() == pytest.approx(share, rel=0.06)
-        if kind == "hole":
-            assert torch.equal(grid.flip(0, 1), grid) or abs(grid.flip(0, 1) - grid).sum() < 150
+def test_wounds_are_errors_beside_the_undamaged_twin(target):
+    """Without growth, and with a rule that changes nothing but the value: +0.1 a step everywhere."""
+    model = sound_model()
+    model.automaton.update_mlp[-1].bias.data[0] = 0.1
+    measured = life.measure(model, target, ages=(1, 37), healing=(2, 4))
+    assert measured.one_seed_steps_to_full == 1 and measured.wounded_at == 33
+    assert [(row["kind"], row["share"]) for row in measured.wounds] == list(life.WOUNDS)
+
+    def level(steps):
+        return torch.tanh(torch.tensor(0.1 * steps)) * 40 - 40
+
+    for row in measured.wounds:
+        assert row["mel_before"] == pytest.approx((target.mel_db - level(33)).abs().mean().item(), rel=1e-4)
+        assert row["mel_twin"][4] == pytest.approx((target.mel_db - level(37)).abs().mean().item(), rel=1e-4)
+        assert row["mel_twin"][4] == pytest.approx(measured.mel_l1_db_at[37])
+        assert set(row["linear_healed"]) == {2, 4} and row["linear_wounded"] < row["linear_before"]
 
 
-def test_the_command(target, short, tmp_path, monkeypatch):
-    monkeypatch.setattr(life, "AGES", (3, 6))
-    model = make_model()
-    model.save(tmp_path / "model.safetensors")
-    model.decode(target.mel_db, target.linear_db).save(tmp_path / "target.wav")
+@pytest.mark.parametrize(
+    ("kind", "share", "rows", "columns"),
+    [("hole", 0.25, 40, 10), ("time slice", 0.1, 80, 2), ("band", 0.1, 8, 20), ("hole", 1e-9, 1, 1)],
+)
+def test_a_wound_is_in_the_middle(kind, share, rows, columns):
+    grid = torch.ones(3, 80, 20)
+    life.wound(grid, kind, share)
+    assert (grid == grid[0]).all() and (grid == 0).sum() == 3 * rows * columns
+    top, left = (80 - rows) // 2, (20 - columns) // 2
+    assert (grid[:, top : top + rows, left : left + columns] == 0).all()
 
-    def run(*options):
-        return CliRunner().invoke(app, ["life", str(tmp_path), *options])
 
-    result = run("--until", "5")
+def test_a_life_that_explodes_is_null(target):
+    model = sound_model(life_mask=False)
+    model.automaton.update_mlp[-1].bias.data[0] = float("nan")
+    measured = life.measure(model, target, ages=(2,), healing=(1,))
+    assert measured.mel_l1_db_at == {2: None}
+    json.dumps(measured.to_dict(), allow_nan=False)
+
+
+def test_command(note, tmp_path, monkeypatch):
+    """On a run's folder, and without growth."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(note, run / "target.wav")
+    sound_model().save(run / "model.safetensors")
+    monkeypatch.setattr(life, "AGES", (4, 8, 500_000))
+    monkeypatch.setattr(life, "HEALING", (1, 2))
+    result = life_cli(run, "--until", 8)
     assert result.exit_code == 0, result.stderr
-    assert "full 256 steps after one live cell" in result.stdout and "time slice, 10%" in result.stdout
-    numbers = json.loads((tmp_path / "life.json").read_text())
-    assert numbers["one_seed_steps_to_full"] == 256 and list(numbers["linear_l1_db_at"]) == ["3"]
-    assert set(numbers["wounds"][0]) == {
-        "kind", "share", *(f"{g}_{w}" for g in ("mel", "linear") for w in ("before", "wounded", "healed", "twin"))
-    }  # fmt: skip
-    with Image.open(tmp_path / "life.png") as picture:
-        assert min(picture.size) > 500
-    assert "until must be at least 3 steps, got 2" in run("--until", "2").stderr
-    (tmp_path / "target.wav").unlink()
-    assert "no recording" in run().stderr and run().exit_code == 2
+    told = json.loads((run / "life.json").read_text())
+    assert list(told["mel_l1_db_at"]) == list(told["linear_l1_db_at"]) == ["4", "8"]
+    assert told["one_seed_steps_to_full"] == 1
+    for words in ("fills both grids in 1 steps", "8 steps", "time slice, 10 %", "none"):
+        assert words in result.stdout
+    with Image.open(run / "life.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_command_on_a_model_of_version_2(tmp_path, monkeypatch):
+    """A model file alone, and a recording that is named."""
+    write_wav(tmp_path / "recording.wav", synthesize_bowed_string(duration=1.1))
+    shutil.copy(VERSION_2, tmp_path / "old.safetensors")
+    monkeypatch.setattr(life, "AGES", (2,))
+    monkeypatch.setattr(life, "HEALING", (1,))
+    monkeypatch.setattr(life, "SETTLING_STEPS", 1)
+    monkeypatch.setattr(life, "save_life", lambda path, picture: None)
+    result = life_cli(tmp_path / "old.safetensors", "--target", tmp_path / "recording.wav", "--until", 2)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "life.json").read_text())["n_frames"] == 88
+
+
+def test_bad_input_is_told_before_any_growth(note, tmp_path, monkeypatch):
+    monkeypatch.setattr(life, "measure", None)
+    sound_model(n_frames=16).save(tmp_path / "model.safetensors")
+    for options, words in (
+        ((), "target.wav, the recording that it was learned from; name it by --target"),
+        (("--target", tmp_path / "none.wav"), "no such file"),
+        (("--target", note), "has 8 frames, and the model learned 16"),
+        (("--until", 3), "until must be at least 96 steps, got 3"),
+    ):
+        result = life_cli(tmp_path, *options)
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+        assert result.stderr.strip().splitlines()[-1].startswith("fastnca: ")
+    assert not (tmp_path / "life.json").exists()

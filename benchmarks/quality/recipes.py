@@ -109,12 +109,12 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
         row["seconds_to_mel_3_db"] = next(below, None)
     target = analyze(samples)
     found = life.measure(sound.model, target, AGES)
-    row["steps_to_full"] = found.steps_to_full
-    for grid, errors in found.at.items():
-        row |= {f"{grid}_l1_db@{age}": error for age, error in errors.items()}
+    row["steps_to_full"] = found.one_seed_steps_to_full
+    for grid in ("mel", "linear"):
+        row |= {f"{grid}_l1_db@{age}": error for age, error in getattr(found, f"{grid}_l1_db_at").items()}
         for share, steps in HEALED:
-            wound = next(wound for wound in found.wounds if (wound.kind, wound.share) == ("hole", share))
-            row[f"{grid}_healed_{share:.0%}"] = wound.healed[grid][steps] / wound.twin[grid][steps]
+            wound = next(wound for wound in found.wounds if (wound["kind"], wound["share"]) == ("hole", share))
+            row[f"{grid}_healed_{share:.0%}"] = wound[f"{grid}_healed"][steps] / wound[f"{grid}_twin"][steps]
     return row | decoded(target, sound.spectrogram, samples)
 
 

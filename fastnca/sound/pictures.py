@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import dataclass
 
 from ..files import atomic_write
 from .convention import DB_RANGE, HOP_LENGTH, N_MELS, SAMPLE_RATE
@@ -18,24 +19,6 @@ def save_picture(path, rows):
     _draw_spectrograms(figure, rows)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
-
-
-def save_life(path, errors, rows):
-    """Write a PNG of a life: above, the errors of both grids over age; below, ``rows`` as in :func:`save_picture`.
-
-    errors: {"mel" or "linear": {steps: error in dB}}.
-    """
-    figure = _figure((13, 3.6 + 3.6 * len(rows)))
-    above, below = figure.subfigures(2, 1, height_ratios=(1, len(rows)))
-    axis = above.subplots()
-    for name, by_age in errors.items():
-        axis.plot(list(by_age), list(by_age.values()), marker="o", label=name)
-    axis.set(xscale="log", yscale="log", xlabel="age (steps)", ylabel="error (dB)", title="distance from the target")
-    axis.legend()
-    axis.grid(which="both", alpha=0.3)
-    _draw_spectrograms(below, rows)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=80)
 
 
 def _figure(size):
@@ -157,3 +140,63 @@ def _empty_panels(figure, axes, n_frames):
     for axis in axes[1]:
         axis.set_xlabel("time (s)")
     return images
+
+
+@dataclass(frozen=True, eq=False)
+class LifePicture:
+    """What :func:`save_life` draws.
+
+    errors: {age in steps: (mel error, linear error) in dB}, an error None where it is not finite. full: the age at
+    which life filled the grids, or None. wounded_at: the age of the wounds. growth, wound: panels from left to right,
+    (title, (mel_db [80, T], linear_db [513, T])), NaN where nothing lives. wound_name: which wound it is.
+    """
+
+    errors: dict
+    full: int | None
+    wounded_at: int
+    growth: list
+    wound_name: str
+    wound: list
+
+
+def save_life(path, life):
+    """Write a PNG of a LifePicture: the errors over age, and below them the growth and one wound, mel over linear."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    figure = _figure((13, 13))
+    top, *below = figure.subfigures(3, 1, height_ratios=(3, 4, 4))
+
+    axis = top.subplots()
+    ages = sorted(age for age in life.errors if age > 0)
+    for index, (name, color) in enumerate((("mel", "tab:orange"), ("linear", "tab:purple"))):
+        errors = [np.nan if life.errors[age][index] is None else life.errors[age][index] for age in ages]
+        axis.plot(ages, errors, color=color, label=name)
+    for age, name, style in ((life.full, "full of life", ":"), (life.wounded_at, "wounded", "--")):
+        if age:
+            axis.axvline(age, color="gray", linewidth=1, linestyle=style, label=f"{name}: step {age}")
+    axis.set(xscale="log", ylim=(0, None), xlabel="age (steps)", ylabel="mean absolute error (dB)")
+    axis.set_title("distance from the recording, grown from one cell")
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+
+    colors = colormaps["magma"].with_extremes(bad="lightgray")
+    rows = (("growth from one cell; gray where nothing lives yet", life.growth), (life.wound_name, life.wound))
+    for part, (title, panels) in zip(below, rows):
+        axes = part.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+        for column, (name, grids) in zip(axes.T, panels):
+            for axis, levels, height in zip(column, grids, (N_MELS, SAMPLE_RATE / 2000)):
+                seconds = levels.shape[1] * HOP_LENGTH / SAMPLE_RATE
+                image = axis.imshow(
+                    levels, cmap=colors, vmin=-DB_RANGE, vmax=0, origin="lower", aspect="auto",
+                    interpolation="nearest", extent=(0, seconds, 0, height),
+                )  # fmt: skip
+            column[0].set_title(name, fontsize="medium")
+            column[1].set_xlabel("time (s)")
+        axes[0, 0].set_ylabel("mel band")
+        axes[1, 0].set_ylabel("frequency (kHz)")
+        part.suptitle(title)
+        part.colorbar(image, ax=axes, format="%.0f dB", aspect=40, pad=0.01)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
