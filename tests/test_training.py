@@ -105,14 +105,17 @@ class TestGuard:
 def test_learns_a_sound():
     """A missed bar means that sounds are not learned any more, whatever else passes.
 
-    Of four seeds the worst came to 0.8 and 5.8 dB; without training it is 12 and 20, without the linear grid's loss 18.
+    Every epoch is from seeds here, which is learned fastest. Of two seeds the worse came to 0.8 and 3.4 dB; without
+    training it is 12 and 20.
     """
     target = analyze(synthesize_bowed_string(0.09))
-    trainer = Trainer([target], RECIPES["default"], Budget(epochs=60))
+    recipe = replace(RECIPES["default"], num_steps=16, continue_share=0.0, learning_rate=0.01)
+    trainer = Trainer([target], recipe, Budget(epochs=90))
     while trainer.progress < 1.0:
         trainer.train_epoch()
-    errors = grid_metrics(target.with_grids(*trainer.model.grow(target.n_frames, 24, at=12)), target)
-    assert errors["mel_l1_db"] < 1.5 and errors["linear_l1_db"] < 8.0
+    grown = trainer.model.grow(target.n_frames, recipe.num_steps, at=recipe.seed_spacing)
+    errors = grid_metrics(target.with_grids(*grown), target)
+    assert errors["mel_l1_db"] < 1.5 and errors["linear_l1_db"] < 5.0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
