@@ -46,9 +46,10 @@ struct Size {
     int64_t batch, mel_height, mel_width, linear_height, linear_width;
 };
 
-// The final grids, the gradients of the initial ones and of the parameters, one after the other.
-std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t save_every, bool life_mask, bool bf16,
-                                 int threads, const Parameters& parameters) {
+// The final grids, the gradients of the initial ones, of the parameters and of the context, one after the other.
+// told: with context and growth; both grids have the same width then.
+std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t save_every, bool life_mask, bool told,
+                                 bool bf16, int threads, const Parameters& parameters) {
     Problem problem{};
     problem.batch = size.batch;
     problem.height[0] = size.mel_height, problem.width[0] = size.mel_width;
@@ -56,9 +57,19 @@ std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t sa
     problem.num_steps = num_steps;
     problem.save_every = save_every;
     problem.life_mask = life_mask;
+    problem.growth = told;
     problem.bf16 = bf16;
     problem.threads = threads;
 
+    std::vector<float> tables[3], gradient_tables[3];
+    const int64_t lengths[3] = {size.mel_height, size.linear_height, size.mel_width};
+    for (int i = 0; told && i < 3; i++) {
+        tables[i] = random_floats(size_t(size.batch * lengths[i] * kHidden1), 12 + unsigned(i));
+        gradient_tables[i].resize(tables[i].size());
+    }
+    const Context context = told ? Context{{tables[0].data(), tables[1].data()}, tables[2].data()} : Context{};
+    float* const context_gradients[3] = {gradient_tables[0].data(), gradient_tables[1].data(),
+                                         gradient_tables[2].data()};
     const size_t floats[2] = {size_t(size.batch * kChannels * size.mel_height * size.mel_width),
                               size_t(size.batch * kChannels * size.linear_height * size.linear_width)};
     const std::vector<float> initial[2] = {random_floats(floats[0], 7), random_floats(floats[1], 8)};
@@ -70,10 +81,10 @@ std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t sa
 
     const float* const inputs[2] = {initial[0].data(), initial[1].data()};
     float* const outputs[2] = {final[0].data(), final[1].data()};
-    check(rollout(problem, parameters.weights(), inputs, outputs, states.data()), "rollout finds memory");
+    check(rollout(problem, parameters.weights(), context, inputs, outputs, states.data()), "rollout finds memory");
     std::vector<float> unsaved[2] = {std::vector<float>(floats[0]), std::vector<float>(floats[1])};
     float* const unsaved_outputs[2] = {unsaved[0].data(), unsaved[1].data()};
-    check(rollout(problem, parameters.weights(), inputs, unsaved_outputs, nullptr), "rollout finds memory");
+    check(rollout(problem, parameters.weights(), context, inputs, unsaved_outputs, nullptr), "rollout finds memory");
     for (int g = 0; g < 2; g++)
         check(!std::memcmp(final[g].data(), unsaved[g].data(), floats[g] * sizeof(float)),
               "saving states changes no result");
@@ -83,13 +94,15 @@ std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t sa
     float* const weight_gradients[6] = {gradient_weights[0].data(), gradient_weights[1].data(),
                                         gradient_weights[2].data(), gradient_weights[3].data(),
                                         gradient_weights[4].data(), gradient_weights[5].data()};
-    check(rollout_backward(problem, parameters.weights(), states.data(), gradients, input_gradients, weight_gradients),
+    check(rollout_backward(problem, parameters.weights(), context, states.data(), gradients, input_gradients,
+                           weight_gradients, context_gradients),
           "rollout_backward finds memory");
 
     std::vector<float> all;
     for (const auto& part : final) all.insert(all.end(), part.begin(), part.end());
     for (const auto& part : gradient_initial) all.insert(all.end(), part.begin(), part.end());
     for (const auto& part : gradient_weights) all.insert(all.end(), part.begin(), part.end());
+    for (const auto& part : gradient_tables) all.insert(all.end(), part.begin(), part.end());
     return all;
 }
 
@@ -98,22 +111,24 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 void test_rollouts(const Parameters& parameters, bool bf16) {
-    const Size sizes[] = {{1, 1, 1, 1, 7}, {2, 5, 3, 7, 49}, {1, 1, 66, 33, 64}};
+    const Size sizes[] = {{1, 1, 1, 1, 7}, {2, 5, 3, 7, 49}, {1, 1, 66, 33, 64}, {2, 3, 67, 19, 67}};
     for (const Size& size : sizes)
-        for (const bool life_mask : {true, false}) {
-            const auto alone = differentiate(size, 3, 1, life_mask, bf16, 1, parameters);
-            check(same_bits(alone, differentiate(size, 3, 2, life_mask, bf16, 3, parameters)),
-                  std::string(active_kernels().name) + ": neither threads nor replayed steps change a result");
-        }
+        for (const bool life_mask : {true, false})
+            for (const bool told : {false, true}) {
+                if (told && !(life_mask && size.mel_width == size.linear_width)) continue;
+                const auto alone = differentiate(size, 3, 1, life_mask, told, bf16, 1, parameters);
+                check(same_bits(alone, differentiate(size, 3, 2, life_mask, told, bf16, 3, parameters)),
+                      std::string(active_kernels().name) + ": neither threads nor replayed steps change a result");
+            }
 }
 
 void test_several_callers(const Parameters& parameters, bool bf16) {
     const Size size{1, 5, 30, 40, 30};
-    const auto expected = differentiate(size, 2, 1, true, bf16, 2, parameters);
+    const auto expected = differentiate(size, 2, 1, true, true, bf16, 2, parameters);
     std::vector<float> results[3];
     std::vector<std::thread> callers;
     for (auto& result : results)
-        callers.emplace_back([&] { result = differentiate(size, 2, 1, true, bf16, 2, parameters); });
+        callers.emplace_back([&] { result = differentiate(size, 2, 1, true, true, bf16, 2, parameters); });
     for (std::thread& caller : callers) caller.join();
     for (const auto& result : results) check(same_bits(result, expected), "calls at the same time do not meet");
 }
@@ -145,7 +160,7 @@ std::vector<float> run_tile(const Plan& plan, int64_t index, const Parameters& p
     const Tile& tile = plan.tiles[index];
     const Grid& grid = *tile.grid;
     const int64_t sample_cells = grid.height * grid.width;
-    const int64_t samples = plan.sample_of[index] + 1;
+    const int64_t samples = tile.sample + 1;
     const Sparse planar(samples * sample_cells * kChannels), result(samples * sample_cells * kChannels);
     const Sparse from(plan.state_floats()), to(plan.state_floats());
     const Sparse gradient_to(plan.extended * kChannels), gradient_from(plan.extended * kChannels);
@@ -161,7 +176,7 @@ std::vector<float> run_tile(const Plan& plan, int64_t index, const Parameters& p
     network.pack(parameters.weights(), aligned(packed));
 
     const auto place = [&](int c, int y, int x) {
-        return (plan.sample_of[index] * kChannels + c) * sample_cells + (tile.y0 + y) * grid.width + tile.x0 + x;
+        return (tile.sample * kChannels + c) * sample_cells + (tile.y0 + y) * grid.width + tile.x0 + x;
     };
     const auto copy = [&](auto&& body) {
         size_t i = 0;
@@ -178,15 +193,15 @@ std::vector<float> run_tile(const Plan& plan, int64_t index, const Parameters& p
 
     copy([&](int64_t at, size_t i) { inputs[0][at] = values[i]; });
     load_planar(plan, index, constants, from.floats);
-    network.step(StepTask{aligned(packed), from.floats, true, to.floats}, tile, aligned(scratch));
+    network.step(StepTask{aligned(packed), {}, false, from.floats, true, to.floats}, tile, aligned(scratch));
     kernels.read(to.floats, true, tile, plan.planar(outputs, index), aligned(scratch));
     collect();
 
     load_planar_gradient(plan, index, constants, gradient_to.floats);
     auto gradients = std::make_unique<WeightGradients>();
     std::memset(gradients.get(), 0, sizeof(WeightGradients));
-    network.backward(BackwardTask{aligned(packed), plan.tiles.data(), from.floats, true, from.floats, true,
-                                  gradient_to.floats, gradient_from.floats},
+    network.backward(BackwardTask{aligned(packed), {}, false, plan.tiles.data(), from.floats, true, from.floats, true,
+                                  gradient_to.floats, gradient_from.floats, nullptr},
                      tile, *gradients, aligned(scratch));
     kernels.read_gradient(gradient_from.floats, plan.tiles.data(), tile, plan.planar(outputs, index), aligned(scratch));
     collect();
