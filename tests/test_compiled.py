@@ -39,7 +39,7 @@ def test_the_committed_results_are_of_these_kernels():
         (architecture, precision, name)
         for architecture in triton.ARCHITECTURES
         for precision in triton.PRECISIONS
-        for name in report._compilations(architecture, precision)
+        for name in report.compilations(architecture, precision)
     ]
     for row in rows:
         assert (row["stack"], row["local_loads"], row["local_stores"], row["faults"]) == ("0", "0", "0", ""), row

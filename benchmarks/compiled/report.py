@@ -118,7 +118,7 @@ def occupancy(capability, registers, warps, shared, tensor_memory):
 
 
 @cache
-def _compilations(architecture, precision):
+def compilations(architecture, precision):
     """Those that the recipes launch: without context and growth, or with both."""
     every = triton.compilations(architecture, precision)
     return {name: rest for name, *rest in every if ("context" in name) == ("growth" in name)}
@@ -132,7 +132,7 @@ def fingerprint():
         digest.update(repr(list(_tokens(Path(triton.__file__).parent / name))).encode())
     for architecture in triton.ARCHITECTURES:
         for precision in triton.PRECISIONS:
-            for name, (_, *request) in _compilations(architecture, precision).items():
+            for name, (_, *request) in compilations(architecture, precision).items():
                 digest.update(repr((architecture, precision, name, request)).encode())
     return digest.hexdigest()[:16]
 
@@ -156,7 +156,7 @@ def compile_kernel(architecture, precision, name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn, signature, constants, attributes, options = _compilations(architecture, precision)[name]
+    fn, signature, constants, attributes, options = compilations(architecture, precision)[name]
     row = {
         "architecture": architecture,
         "precision": precision,
@@ -242,7 +242,7 @@ def compile_all(architectures, precisions, kernels=None, progress=lambda *_: Non
         (architecture, precision, name)
         for architecture in architectures
         for precision in precisions
-        for name in _compilations(architecture, precision)
+        for name in compilations(architecture, precision)
         if not kernels or name in kernels or name.partition(",")[0] in kernels
     ]
     with tempfile.TemporaryDirectory() as folder, pool(folder) as workers:
