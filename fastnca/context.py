@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -41,11 +41,8 @@ class Places:
 
     @classmethod
     def from_dict(cls, fields):
-        """From what :meth:`to_dict` made of one, also after JSON."""
+        """From what ``dataclasses.asdict`` made of one, also after JSON."""
         return cls(**{**fields, "bands": MelBands(**fields["bands"])})
-
-    def to_dict(self):
-        return asdict(self)
 
 
 def check_pitch(hertz):

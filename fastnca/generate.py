@@ -17,6 +17,7 @@ from .sound_model import find_model_file, load
 MAX_PICTURES = 96  # of an animated growth, beside the seed
 STAGES = 8  # of a growth that is heard
 PAUSE = SAMPLE_RATE // 8  # samples between two stages
+REPORT_EVERY = 32  # steps
 
 
 def generate(
@@ -40,8 +41,8 @@ def generate(
     """Grow a learned sound again and write it -> (paths of what was written, the wav first, and the GrownSound).
 
     A picture of the grown spectrograms lies beside the wav. ``out`` is by default ``generated.wav`` in the run's
-    folder, or ``<name>_generated.wav`` beside a model file that was given itself; with other frames, steps or pitch
-    than those of the recording, the name says them.
+    folder, or ``<name>_generated.wav`` beside a model file that was given itself; with other frames, steps, pitch or
+    seeds than by default, the name says them.
 
     Args:
         path: the folder that ``fastnca grow`` wrote, or a model file.
@@ -60,6 +61,11 @@ def generate(
     model_file = find_model_file(path)
     model = load(model_file, backend=backend, vocoder=vocoder, bigvgan=bigvgan)
     recorded_hz = model.automaton.places and model.automaton.places.pitch_hz
+    if pitch is not None and recorded_hz is None:
+        raise ValueError(
+            "the sound was learned without a pitch, since none that stays was found in the recording: it cannot "
+            "grow at another one; if it has one, learn it again with fastnca grow --pitch-of-recording"
+        )
     pitch_hz = None if pitch is None else read_pitch(pitch, recorded_hz)
     plan = model.plan(n_frames, num_steps, time, pitch_hz, seeds_every)
     box = None if wound is None else read_wound(wound, plan.n_frames)
@@ -71,6 +77,7 @@ def generate(
             name += f"_{plan.n_frames}x{plan.num_steps}"
         name += "" if time == "stretch" else f"_{time}"
         name += "" if pitch is None else f"_{re.sub('[^A-Za-z0-9+.-]', '', pitch)}"
+        name += "" if seeds_every is None else f"_seeds{seeds_every}"
         out = model_file.with_name(f"{name}.wav")
     out = Path(out)
     if not out.parent.is_dir():
@@ -80,36 +87,47 @@ def generate(
         return out.with_name(out.stem + ending)
 
     total = max(1, plan.num_steps + (heal if box else 0))
-    counted = (lambda step: on_step(step, total)) if on_step else (lambda step: None)
     written = [out, beside(".png")]
-    pictures, heard = [], []
+    heard = []
     seen = set(_stages(plan.num_steps, MAX_PICTURES)) if video else set()
     sounding = set(_stages(plan.num_steps, STAGES)) if hear_growth else set()
-    for step, grids in grow_by(model.automaton, plan, seen | sounding | {plan.num_steps}):
-        counted(step)
-        if step in seen:
-            pictures.append(growth_picture(model.automaton, step, grids))
-        if step in sounding and step > 0:
-            heard.append(model.vocoder.decode(model.spectrogram(*model.automaton.levels(grids))))
+    grids = None
+
+    def pictures():
+        """Grows the sound; one picture after the other, as they would fill the memory for a long sound."""
+        nonlocal grids
+        reported = range(0, plan.num_steps, REPORT_EVERY)
+        for step, grids in grow_by(model.automaton, plan, {*seen, *sounding, *reported, plan.num_steps}):
+            if on_step:
+                on_step(step, total)
+            if step in sounding and step > 0:
+                heard.append(model.vocoder.decode(model.spectrogram(*model.automaton.levels(grids))))
+            if step in seen:
+                yield growth_picture(model.automaton, step, grids)
+
+    if video:
+        written += save_growth(out.with_suffix(".gif"), pictures())
+    else:
+        for _ in pictures():
+            pass
     sound = model.decode(*model.automaton.levels(grids))
     rows = [(f"grown, {plan.num_steps} steps", sound.spectrogram)]
     sound.save(out)
-    if video:
-        written += save_growth(out.with_suffix(".gif"), pictures)
     if hear_growth:
         pause = np.zeros(PAUSE, dtype=np.float32)
         samples, _ = within_full_scale(np.concatenate([part for stage in heard for part in (stage, pause)]))
         written.append(beside("_growth.wav"))
         write_wav(written[-1], samples)
     if box:
-        grids = erase(grids, *box)
+        grids = erase(grids, *box, model.card.scale.bands)
         for ending, steps in (("wounded", 0), ("healed", heal)):
             grids = grow_on(model.automaton, plan, grids, steps)
             after = model.decode(*model.automaton.levels(grids))
             rows.append((ending if steps == 0 else f"{ending}, {steps} steps later", after.spectrogram))
             written.append(beside(f"_{ending}.wav"))
             after.save(written[-1])
-        counted(total)
+        if on_step:
+            on_step(total, total)
     save_picture(written[1], rows)
     return written, sound
 
@@ -157,13 +175,15 @@ def read_wound(text, n_frames):
     return slice(begin, max(stop, begin + 1)), (low, high)
 
 
-def erase(grids, frames, hertz):
-    """Copies of both grids in which the cells in that box, frames and range of Hz, are dead and empty."""
+def erase(grids, frames, hertz, mel_bands):
+    """Copies of both grids in which the cells in that box, frames and range of Hz, are dead and empty. Of a range that
+    lies between two bands it is the nearest band."""
     wounded = []
     for grid, centers in zip(grids, (mel_centers, linear_centers)):
         grid = grid.clone()
-        band_hertz = centers(grid.shape[2])
+        band_hertz = centers(grid.shape[2], mel_bands)
         bands = (band_hertz >= hertz[0]) & (band_hertz <= hertz[1])
+        bands[(band_hertz - sum(hertz) / 2).abs().argmin()] = True
         grid[:, :, bands, frames] = 0.0
         wounded.append(grid)
     return wounded

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -292,7 +293,7 @@ class DualSpecTNCA(nn.Module):
             "n_mels": self.n_mels,
             "n_linear": self.n_linear,
             "life_mask": self.life_mask,
-            "context": self.context and self.places.to_dict(),
+            "context": self.context and asdict(self.places),
             "growth": self.growth,
             "coordinates": [list(entry) for entry in self.coordinates],
         }

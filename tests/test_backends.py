@@ -20,7 +20,14 @@ KERNELS = [("cpu", capability, threads) for capability in parity.CAPABILITIES fo
 KERNELS += [("triton", None, 1)] if triton.INSTALLED else []
 
 
-@pytest.fixture(params=KERNELS, ids=["-".join(str(part) for part in kernels if part) for kernels in KERNELS])
+BF16_KERNELS = [kernels for kernels in KERNELS if kernels[0] == "triton" or "bf16" in str(kernels[1])]
+
+
+def kernels_id(kernels):
+    return "-".join(str(part) for part in kernels if part)
+
+
+@pytest.fixture(params=KERNELS, ids=kernels_id)
 def backend(request, monkeypatch, num_threads):
     """A parity.Backend."""
     name, capability, threads = request.param
@@ -30,12 +37,6 @@ def backend(request, monkeypatch, num_threads):
         interpreter.patch_once(monkeypatch)
     with parity.cpu_kernels(capability, threads) if capability else nullcontext():
         yield parity.Backend(name, TRITON_DEVICE if name == "triton" else "cpu")
-
-
-def skip_without(backend, precision):
-    reason = backends.why_not(backend.name, device=backend.device, precision=precision)
-    if reason:
-        pytest.skip(reason)
 
 
 def gradients(inputs, outputs, grads=None):
@@ -162,9 +163,9 @@ def test_special_gradients_spread_as_in_the_reference(backend, value):
     parity.assert_spreads_alike(actual, expected)
 
 
+@pytest.mark.parametrize("backend", BF16_KERNELS, ids=kernels_id, indirect=True)
 @life_masks
 def test_bf16_rounds_operands_and_nothing_else(backend, life_mask):
-    skip_without(backend, "bf16")
     problem = parity.smooth_problem(((5, 3), (7, 9)) if backend.name == "triton" else ((5, 3), (7, 19)), 2, life_mask)
     actual = parity.run(backend.rollout(2, life_mask=life_mask, precision="bf16"), problem)
     # The judge rounds a bias's gradient too, where the Triton kernels add up what has not been rounded.
@@ -183,16 +184,23 @@ RULES = {
 }
 
 
-@pytest.fixture(params=RULES)
-def rule(request, backend):
+@pytest.fixture
+def rule(request):
     """(options of parity.make_problem, options of the rollout)."""
-    if backend.name == "triton" and request.param != "both":
-        pytest.skip("test_triton.py has it, with smaller problems for the slow interpreter")
     options = dict(RULES[request.param])
     rollout = {name: options.pop(name) for name in ("growth", "life_mask") if name in options}
     return options, rollout
 
 
+def by_every_rule(kernels):
+    """Runs a test with these kernels and each rule; with Triton's, whose interpreter is slow, by both at once.
+    test_triton.py has the others, with smaller problems."""
+    pairs = [(k, rule) for k in kernels for rule in RULES if k[0] != "triton" or rule == "both"]
+    ids = ["-".join((kernels_id(k), rule)) for k, rule in pairs]
+    return pytest.mark.parametrize(("backend", "rule"), pairs, ids=ids, indirect=True)
+
+
+@by_every_rule(KERNELS)
 @pytest.mark.parametrize("sizes", [((1, 6), (3, 6)), ((8, 19), (17, 19))], ids=str)
 def test_two_steps_and_every_gradient_with_context_and_growth(backend, rule, sizes):
     options, rollout = rule
@@ -210,8 +218,8 @@ def test_a_batch_with_context(backend, context_batch):
     parity.assert_errs_as_float32(actual, problem, 1, growth=True)
 
 
+@by_every_rule(BF16_KERNELS)
 def test_bf16_rounds_operands_with_context_and_growth(backend, rule):
-    skip_without(backend, "bf16")
     options, rollout = rule
     problem = parity.smooth_problem(((5, 9), (7, 9)), 1, **options, **rollout)
     actual = parity.run(backend.rollout(1, precision="bf16", **rollout), problem)
@@ -219,6 +227,7 @@ def test_bf16_rounds_operands_with_context_and_growth(backend, rule):
     parity.assert_rounds_operands_alone(actual, problem, 1, bias_bound=bias_bound, **rollout)
 
 
+@by_every_rule(KERNELS)
 def test_checkpoints_do_not_change_a_bit_with_context_and_growth(backend, rule):
     options, rollout = rule
     problem = parity.make_problem(((4, 3), (3, 3)) if backend.name == "triton" else ((4, 9), (3, 9)), n=2, **options)

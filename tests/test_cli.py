@@ -21,11 +21,13 @@ from typer.testing import CliRunner
 import fastnca
 from fastnca.automaton import backends
 from fastnca.cli import app
+from fastnca.context import Places
 from fastnca.files import read_safetensors, write_safetensors
+from fastnca.generate import erase
 from fastnca.model import frame_times
-from fastnca.sound.convention import SAMPLE_RATE
+from fastnca.sound.convention import SAMPLE_RATE, MelBands
 from fastnca.sound.files import load_audio, write_wav
-from fastnca.sound.spectrogram import analyze
+from fastnca.sound.spectrogram import analyze, mel_centers
 from fastnca.sound.synthetic import synthesize_bowed_string
 from fastnca.training.losses import RecipeLoss
 from fastnca.training.recipes import RECIPES, Recipe
@@ -153,10 +155,16 @@ class TestGenerate:
 
     def test_default_names_tell_results_apart(self, finished, tmp_path):
         shutil.copy(finished[1] / "model.safetensors", tmp_path)
-        for options in ((), ("--steps", 4), ("--steps", 4, "--time", "sustain"), ("--steps", 4, "--pitch", "+3")):
+        for options in (
+            (),
+            ("--steps", 4),
+            ("--steps", 4, "--time", "sustain"),
+            ("--steps", 4, "--pitch", "+3"),
+            ("--seeds-every", 9),
+        ):
             assert fastnca_cli("generate", tmp_path, *options).exit_code == 0
         assert {path.stem for path in tmp_path.glob("*.wav")} == {
-            "generated", "generated_8x4", "generated_8x4_sustain", "generated_8x4_+3"
+            "generated", "generated_8x4", "generated_8x4_sustain", "generated_8x4_+3", "generated_seeds9"
         }  # fmt: skip
 
     def test_a_model_file_alone(self, finished, tmp_path):
@@ -224,6 +232,24 @@ class TestGenerate:
         assert soundfile.info(tmp_path / "a_growth.wav").frames == stages * (2048 + SAMPLE_RATE // 8)
         sounds = [(tmp_path / f"a{name}.wav").read_bytes() for name in ("", "_wounded", "_healed")]
         assert len(set(sounds)) == 3
+
+    def test_a_wound_lies_where_the_mel_bands_are(self):
+        grids = [torch.ones(1, 16, bands, 4) for bands in (80, 513)]
+        for fmax in (8000.0, 11025.0):
+            bands = MelBands(fmax=fmax)
+            mel, linear = erase(grids, slice(1, 3), (300.0, 3000.0), bands)
+            centers = mel_centers(80, bands)
+            assert torch.equal(mel[0, 5, :, 1] == 0, (centers >= 300) & (centers <= 3000))
+            assert mel[0, 5, :, 0].all() and not linear[0, :, 20, 1:3].any()
+        assert (erase(grids, slice(0, 1), (5.0, 6.0), bands)[1][0, 0, :, 0] == 0).nonzero().tolist() == [[0]]
+
+    def test_a_sound_without_pitch_refuses_another(self, finished, tmp_path):
+        _, card = fastnca.load_model(finished[1] / "model.safetensors")
+        automaton = fastnca.DualSpecTNCA(context=Places(), growth=True)
+        fastnca.save_model(tmp_path / "model.safetensors", automaton, card)
+        for pitch in ("E4", "+3"):
+            result = fastnca_cli("generate", tmp_path, "--pitch", pitch)
+            assert result.exit_code == 2 and "learned without a pitch, since none that stays was found" in result.stderr
 
     def test_another_pitch_is_another_sound(self, finished, tmp_path):
         for name, options in (("same", ("--pitch", "441hz")), ("other", ("--pitch", "E5"))):

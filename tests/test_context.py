@@ -1,6 +1,7 @@
 """Context: the coordinates of a place and the tables that are made of them."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_wrong_places(fields, words):
 @pytest.mark.parametrize("pitch_hz", [None, 440.0])
 def test_places_survive_json(pitch_hz):
     places = Places(3, 4, pitch_hz)
-    assert Places.from_dict(json.loads(json.dumps(places.to_dict()))) == places
+    assert Places.from_dict(json.loads(json.dumps(asdict(places)))) == places
 
 
 @pytest.mark.parametrize("pitch_hz", [None, 440.0])

@@ -6,9 +6,10 @@ grow`` in a folder of its own, so that a comparison that was interrupted goes on
 kept.
 
 Written to DIR: ``recipes.csv``, a row for each run; ``recipes.md``, medians over sounds and seeds, and ratios to the
-recipe of the notebook; SOUND_SEED.png, the target and what each recipe grew. ``mel_l1_db@192`` and so on are of a grid
-that has grown on for so many steps. The metrics of the wav are also given of what was decoded in other ways, to tell
-where the error comes from:
+recipe of the notebook; SOUND_SEED.png, the target and what each recipe grew. ``mel_l1_db@384`` and so on are of a grid
+that has grown from one cell for so many steps, and ``mel_healed_11%`` is the error after a wound of so much of the area
+has healed, as a multiple of the same growth's without it, see ``fastnca.life``. The metrics of the wav are also given
+of what was decoded in other ways, to tell where the error comes from:
 
 - ceiling: the target's own two grids
 - grown: both grown grids, as the wav, but louder than full scale where it would be
@@ -137,7 +138,7 @@ def median(rows, name):
 def summary(rows):
     """Rows as Markdown: medians over sounds and seeds, ratios to the notebook's recipe, medians of each sound and of
     what was decoded."""
-    shown = (*SHOWN, *dict.fromkeys(name for row in rows for name in row if name.startswith("mel_l1_db@")))
+    shown = (*SHOWN, *dict.fromkeys(name for row in rows for name in row if "_l1_db@" in name or "_healed_" in name))
     recipes = {recipe: [row for row in rows if row["recipe"] == recipe] for recipe in (row["recipe"] for row in rows)}
 
     def same_run(row):
