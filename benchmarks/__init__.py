@@ -1,8 +1,8 @@
 """What fastnca costs and how well it learns, beside what the same automaton does elsewhere.
 
 - ``speed``: how long a rollout takes. ``python -m benchmarks.speed.cpu`` writes the README's tables, and
-  ``python -m benchmarks.speed.gpu`` checks and measures the Triton kernels on a GPU; ``pytest benchmarks`` is a quick
-  look.
+  ``python -m benchmarks.speed.gpu`` checks and measures the Triton kernels on a GPU; ``pytest -n 0 benchmarks`` is a
+  quick look.
 - ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends. What becomes of a grown
   sound is told by ``fastnca life``.
 - ``compiled``: what the Triton kernels compile to, told without a GPU.

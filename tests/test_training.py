@@ -302,6 +302,7 @@ def test_wrong_share_of_continued_epochs(share):
         ({"restart_share": math.nan}, "restart_share must be from 0 to 1, got nan"),
         ({"window": 0}, "window must be None or at least 1, got 0"),
         ({"seed_spacing": -1}, "seed_spacing must be None or at least 1, got -1"),
+        ({"judgements": 0}, "judgements must be at least 1, got 0"),
     ],
 )
 def test_wrong_numbers_of_a_recipe(fields, words):
@@ -336,19 +337,19 @@ def test_damage_zeroes_one_block_of_all_channels():
 
 
 def watch(trainer, monkeypatch):
-    """Two lists that fill: with the grids (mel, linear) that rollouts start from, and with the windows of the sound."""
+    """Two lists that fill: with the grids (mel, linear) that epochs start from, and with the windows of the sound."""
     starts, windows = [], []
-    rollout = trainer.model.rollout
+    attempt = trainer._attempt
 
-    def watched_rollout(mel, linear, *arguments, **options):
-        starts.append((mel.clone(), linear.clone()))
-        return rollout(mel, linear, *arguments, **options)
+    def watched_attempt(grids, *arguments):
+        starts.append(tuple(grid.clone() for grid in grids))
+        return attempt(grids, *arguments)
 
     def watched_next(real):
         windows.append(real())
         return windows[-1]
 
-    monkeypatch.setattr(trainer.model, "rollout", watched_rollout)
+    monkeypatch.setattr(trainer, "_attempt", watched_attempt)
     for of_epochs in (trainer.seed_windows, trainer.living_windows):
         monkeypatch.setattr(of_epochs, "next", lambda real=of_epochs.next: watched_next(real))
     return starts, windows
@@ -431,6 +432,36 @@ def test_epochs_begin_at_seeds_or_go_on_from_what_lives(target, monkeypatch):
         assert [row["mel_l1_db"], row["linear_l1_db"]] == trainer.errors.nanmean(dim=1).tolist()
     assert 10 < continued < 30 and 1 < restarted < 15
     assert trainer.errors.isfinite().all()
+
+
+@pytest.mark.parametrize(("judgements", "ages"), [(1, [5]), (2, [3, 5]), (9, [1, 2, 3, 4, 5])])
+def test_what_goes_on_is_judged_on_the_way_too(target, judgements, ages):
+    trainer = make_trainer(target, replace(LIVING, normalize_gradients=False))
+    for _ in range(3):
+        trainer.train_epoch()
+    window, grids = slice(0, 8), trainer.living_grids
+    attempt = trainer._attempt(grids, window, judgements)
+    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+    losses = []
+    for age in ages:
+        grown = trainer.model.rollout(*grids, age, tables=trainer.model.tables(8))
+        losses.append(trainer.loss(grown, [fastnca.decode_db(grid) for grid in grown], trainer.target_levels)[0])
+    loss = sum(losses) / len(losses)
+    assert attempt.loss == pytest.approx(loss.item(), rel=1e-5) == pytest.approx(sum(attempt.terms.values()), rel=1e-5)
+    assert all(torch.equal(*pair) for pair in zip(attempt.grids, grown, strict=True))
+    for mine, expected in zip(gradients, torch.autograd.grad(loss, list(trainer.model.parameters())), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+def test_every_gradient_weighs_the_same(target):
+    trainers = [make_trainer(target, replace(SHORT, normalize_gradients=normalize)) for normalize in (False, True)]
+    plain, normalized = (
+        [parameter.grad for parameter in trainer.model.parameters()] for trainer in trainers if trainer.train_epoch()
+    )
+    norm = torch.stack(torch._foreach_norm(plain)).norm()
+    assert not 0.99 < norm < 1.01
+    for mine, expected in zip(normalized, plain, strict=True):
+        torch.testing.assert_close(mine, expected / norm)
 
 
 def test_seeds_lie_elsewhere_in_each_epoch(target, monkeypatch):

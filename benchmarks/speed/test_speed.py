@@ -1,4 +1,4 @@
-"""pytest benchmarks: the speed of a rollout on small grids, in about a minute. Quote benchmarks.speed.cpu instead."""
+"""pytest -n 0 benchmarks: the speed of a rollout on small grids, in a minute. Quote benchmarks.speed.cpu instead."""
 
 import pytest
 

@@ -50,9 +50,10 @@ class Soap(torch.optim.Optimizer):
         left.lerp_(gradient @ gradient.T, 1.0 - basis_beta)
         right.lerp_(gradient.T @ gradient, 1.0 - basis_beta)
         if step == 1:  # there is a basis now, but nothing to divide by yet
-            # The largest eigenvalue first, as QR keeps them.
-            bases = (torch.linalg.eigh(side).eigenvectors.flip(1) for side in (left, right))
-            state["left_basis"], state["right_basis"] = bases
+            # The eigenvectors of G G^T and of G^T G, the largest eigenvalue first, as QR keeps them. In float32 some
+            # gradients of rank one do not converge.
+            left_basis, _, right_basis = torch.linalg.svd(gradient.double())
+            state.update(left_basis=left_basis.to(gradient), right_basis=right_basis.T.contiguous().to(gradient))
             return
         left_basis, right_basis = state["left_basis"], state["right_basis"]
         mean.lerp_(gradient, 1.0 - betas[0])

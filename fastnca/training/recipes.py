@@ -13,6 +13,8 @@ class Recipe:
     learning_rate, optimizer: "adam", or "soap" of optim.py.
     context: tells every cell its place at every step, and lets life spread from the seeds cell by cell.
     stencil_gain: factor on the initial weights that see the stencils, whose output is larger than the state.
+    normalize_gradients: gives every epoch's gradient a norm of 1. Those from seeds have far larger ones than those that
+        go on, and would drown them.
     cosine_decay: lets the learning rate decay over the whole budget.
     active_cells_only: judges only cells whose target is above -70 dB, as the prototype did.
     num_steps: of the rollout of one epoch.
@@ -20,6 +22,7 @@ class Recipe:
     seed_spacing: cells between the seeds of an epoch, None for one seed in the middle of each grid.
     continue_share: share of the epochs that go on from the state that lives beside them, so that the sound learns to
         stay.
+    judgements: of an epoch that goes on, spread evenly over its steps: what stays is right on the way too.
     damage_share: share of these that damage it before, so that the sound learns to heal.
     restart_share: share of the other epochs, those from seeds, that replace what lives by what they grew.
     picture_every_epochs: epochs between progress pictures.
@@ -32,6 +35,7 @@ class Recipe:
     optimizer: str = "adam"
     context: bool = False
     stencil_gain: float = 1.0
+    normalize_gradients: bool = False
     cosine_decay: bool = False
     active_cells_only: bool = False
     mel_weight: float = 1.0
@@ -44,6 +48,7 @@ class Recipe:
     window: int | None = None
     seed_spacing: int | None = None
     continue_share: float = 0.0
+    judgements: int = 1
     damage_share: float = 0.0
     restart_share: float = 1.0
     picture_every_epochs: int = 25
@@ -60,6 +65,8 @@ class Recipe:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {number!r}")
+        if self.judgements < 1:
+            raise ValueError(f"judgements must be at least 1, got {self.judgements!r}")
 
 
 _DEFAULT = Recipe(
@@ -68,6 +75,7 @@ _DEFAULT = Recipe(
     optimizer="soap",
     context=True,
     stencil_gain=1 / 8,  # the sum of a Sobel stencil's positive weights is 4, of the Laplacian's 12
+    normalize_gradients=True,
     cosine_decay=True,
     linear_weight=2.0,
     active_weight=0.3,  # with the overflow's, or a sound that is mostly silence is learned as silence
@@ -77,6 +85,7 @@ _DEFAULT = Recipe(
     window=22,
     seed_spacing=12,
     continue_share=0.8,
+    judgements=2,
     damage_share=0.3,
     restart_share=0.03,
     picture_every_epochs=100,

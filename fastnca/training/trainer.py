@@ -3,6 +3,8 @@
 import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 
@@ -197,7 +199,7 @@ class Trainer:
         if continued:
             window = self.living_windows.next()
             age = int(self.ages[window].max())
-            attempt = self._attempt(self._living(window), window)
+            attempt = self._attempt(self._living(window), window, recipe.judgements)
             continued = not self._failed(attempt)
             if continued:
                 self._keep(window, attempt.grids, self.ages[window] + recipe.num_steps)
@@ -254,22 +256,31 @@ class Trainer:
             living[..., window] = grid.detach()
         self.ages[window] = age
 
-    def _attempt(self, grids, window):
+    def _attempt(self, grids, window, judgements=1):
+        """Grows the window's ``grids`` and judges them so many times, the last time at the end."""
         tables = self.model.tables(self.targets[0].n_frames)
         if tables is not None:
             *rows, columns = tables
             tables = (*rows, columns[..., window])
-        grown = self.model.rollout(
-            *grids, self.recipe.num_steps, checkpoint_every=self._checkpoint_every(), tables=tables
-        )
-        levels = tuple(decode_db(grid) for grid in grown)
         targets = tuple(target[..., window] for target in self.target_levels)
-        loss, terms = self.loss(grown, levels, targets)
+        checkpoint_every = self._checkpoint_every()
+        ages = sorted({math.ceil(self.recipe.num_steps * n / judgements) for n in range(judgements + 1)})
+        losses, terms = [], []
+        for before, age in pairwise(ages):
+            grids = self.model.rollout(*grids, age - before, checkpoint_every=checkpoint_every, tables=tables)
+            levels = tuple(decode_db(grid) for grid in grids)
+            for judged, value in zip((losses, terms), self.loss(grids, levels, targets)):
+                judged.append(value)
+        loss = sum(losses) / len(losses)
         self.optimizer.zero_grad()
         loss.backward()
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self.recipe.normalize_gradients:
+            torch._foreach_div_(gradients, norms.norm().clamp(min=torch.finfo(norms.dtype).tiny))
         errors = [(level - target).detach().abs().mean(dim=(0, 1)) for level, target in zip(levels, targets)]
-        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in self.model.parameters()]))
-        return _Attempt(grown, loss.item(), terms, norms, torch.stack(errors).cpu())
+        terms = {name: fmean(each[name] for each in terms) for name in terms[0]}
+        return _Attempt(grids, loss.item(), terms, norms, torch.stack(errors).cpu())
 
     def _failed(self, attempt):
         return self.guard.exploded(attempt.loss) or not attempt.finite
