@@ -8,13 +8,13 @@ from fastnca.sound.convention import SAMPLE_RATE
 from fastnca.sound.files import write_wav
 from fastnca.sound.spectrogram import DualSpectrogram, Scale
 
-# The processes that pytest starts share the cores, and so do theirs.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: it must not be before this
+
+
+def pytest_xdist_setupnodes(config, specs):
+    """The processes that run the tests share the cores, and so do theirs."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(specs))))
 
 
 @pytest.fixture(autouse=True)
