@@ -3,7 +3,7 @@
 - ``speed``: how long a rollout takes. ``python -m benchmarks.speed.cpu`` writes the README's tables, and
   ``python -m benchmarks.speed.gpu`` checks and measures the Triton kernels on a GPU; ``pytest -n 0 benchmarks`` is a
   quick look.
-- ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends. What becomes of a grown
-  sound is told by ``fastnca life``.
+- ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends, and ``pitches`` tells
+  what grows at another pitch. What becomes of a grown sound is told by ``fastnca life``.
 - ``compiled``: what the Triton kernels compile to, told without a GPU.
 """

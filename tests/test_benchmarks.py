@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+import fastnca
 from benchmarks import implementations, report
-from benchmarks.quality import curves, recipes, sounds
+from benchmarks.quality import curves, pitches, recipes, sounds
 from benchmarks.speed import cpu, workers
+from fastnca.sound.convention import HOP_LENGTH, SAMPLE_RATE
+from fastnca.sound.files import write_wav
 from fastnca.sound.spectrogram import analyze
 
 pytestmark = pytest.mark.skipif(
@@ -191,3 +194,33 @@ def test_synthesized_sounds_can_be_learned(name):
     _, samples = sounds.load(name, 0.5)
     assert analyze(samples).n_frames in (43, 48)  # a bowed string is rounded up to eight frames
     assert 0.1 < np.abs(samples).max() < 1.2
+
+
+def harmonics(hertz, n_frames=43):
+    t = np.arange(n_frames * HOP_LENGTH) / SAMPLE_RATE
+    return 0.1 * sum(np.sin(2 * np.pi * hertz * n * t) / n for n in range(1, 12))
+
+
+def test_what_is_left_of_an_old_pitch():
+    old, new = 440.0, 440.0 * 2 ** (3 / 12)
+    assert pitches.old_partials_db(analyze(harmonics(old)), old, new) > 20.0
+    assert pitches.old_partials_db(analyze(harmonics(new)), old, new) < -20.0
+    both = analyze(harmonics(old) + harmonics(new))
+    assert pitches.old_partials_db(both, old, new) == pytest.approx(0.0, abs=3.0)
+    assert pitches.old_partials_db(both, old, old / 2) is None  # an octave below, every old partial is a new one
+
+
+def test_a_run_is_grown_at_other_pitches(tmp_path, capsys):
+    write_wav(tmp_path / "other.wav", harmonics(523.25))
+    fastnca.grow(harmonics(440.0), tmp_path / "run", epochs=1, vocoder="griffinlim")
+    others = ["--others", str(tmp_path / "other.wav")]
+    pitches.main([str(tmp_path / "run"), "--semitones", "-3", *others, "-o", str(tmp_path / "out")])
+    down, other = read_csv(tmp_path / "out" / "pitches.csv")
+    assert down["grown at"] == "-3 semitones" and float(down["Hz"]) == pytest.approx(370.0, rel=0.01)
+    assert other["grown at"] == "other" and float(other["semitones"]) == pytest.approx(3.0, abs=0.2)
+    assert down["mel, dB"] == "" and float(other["mel, dB"]) > 0 and float(other["pitch_shift: mel, dB"]) > 0
+    assert (tmp_path / "out" / "pitches.md").read_text() in capsys.readouterr().out
+
+    fastnca.grow(np.random.default_rng(0).standard_normal(8192), tmp_path / "noise", epochs=1, vocoder="griffinlim")
+    with pytest.raises(ValueError, match="noise was learned without a pitch"):
+        pitches.measure(tmp_path / "noise", [3], [])
