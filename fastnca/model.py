@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .automaton import ops, reference
 from .automaton.backends import check_names, choose_backend
@@ -15,6 +16,8 @@ from .context import Context
 from .sound.convention import DB_RANGE, N_LINEAR, N_MELS
 
 TIMES = ("stretch", "sustain")
+RULE_LAYERS = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d)
+CONTEXT_LAYERS = (Context, nn.Linear, nn.Linear)
 
 
 def decode_db(grid):
@@ -84,10 +87,8 @@ class DualSpecTNCA(nn.Module):
         coordinates=(),
     ):
         super().__init__()
-        if num_channels < 2:
-            raise ValueError(f"num_channels must be at least 2 (value and alpha), got {num_channels}")
-        if n_mels < 1 or n_linear < 1:
-            raise ValueError(f"n_mels and n_linear must be at least 1, got {n_mels} and {n_linear}")
+        num_channels = _checked_size("num_channels", num_channels, 2)  # value and alpha
+        n_mels, n_linear = _checked_size("n_mels", n_mels, 1), _checked_size("n_linear", n_linear, 1)
         check_names(backend, precision)
         if growth and not life_mask:
             raise ValueError("growth needs the life mask: without it nothing says what lives")
@@ -114,8 +115,14 @@ class DualSpecTNCA(nn.Module):
 
     @property
     def weights(self):
-        """(w1, b1, w2, b2, w3, b3), the w's [out, in, 1, 1]."""
-        return tuple(self.update_mlp.parameters())
+        """(w1, b1, w2, b2, w3, b3), the w's [out, in, 1, 1], with what parametrizations make of them.
+
+        Raises RuntimeError where the layers are no longer those of the rule, which the kernels would not see.
+        """
+        _check_layers("update_mlp", self.update_mlp, RULE_LAYERS)
+        if self.context is not None:
+            _check_layers("context", self.context, CONTEXT_LAYERS)
+        return tuple(tensor for layer in self.update_mlp[::2] for tensor in (layer.weight, layer.bias))
 
     @property
     def places(self):
@@ -224,9 +231,10 @@ class DualSpecTNCA(nn.Module):
         """[N, C, H, W] -> [N, 4C, H, W]: the grid, its Sobel x and y gradients and its Laplacian."""
         return reference.perceive(grid)
 
-    def forward(self, grid_mel, grid_linear):
-        """One step of both grids, the notebook's signature."""
-        return self.rollout(grid_mel, grid_linear, num_steps=1)
+    def forward(self, grid_mel, grid_linear, num_steps=1, **options):
+        """``num_steps`` steps of both grids, one as in the notebook: :meth:`rollout`, for what wraps a module and calls
+        it, such as DistributedDataParallel, ``torch.func.functional_call`` and hooks."""
+        return self.rollout(grid_mel, grid_linear, num_steps, **options)
 
     def rollout(self, grid_mel, grid_linear, num_steps=96, checkpoint_every=None, precision=None, tables=None):
         """``num_steps`` steps of both grids, differentiable with respect to both grids and all parameters.
@@ -297,6 +305,34 @@ class DualSpecTNCA(nn.Module):
             "growth": self.growth,
             "coordinates": [list(entry) for entry in self.coordinates],
         }
+
+
+def _checked_size(name, size, least):
+    if not isinstance(size, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {size!r}")
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {size}")
+    return int(size)
+
+
+def _check_layers(name, module, expected):
+    """Raises RuntimeError unless the module and its layers are plain ones of those types: the kernels run the rule, and
+    not the layers."""
+    layers = [module, *module._modules.values()]
+    way = (
+        "the rule runs in kernels that see the layers' weights alone: put back the layers that the model was made with"
+    )
+    found, wanted = (", ".join(kind.__name__ for kind in kinds) for kinds in (map(_kind, layers), expected))
+    if found != wanted:
+        raise RuntimeError(f"{name} is made of {found} in place of {wanted}, but {way}")
+    for layer in layers:
+        hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+        if any(hooks) or "forward" in vars(layer):
+            raise RuntimeError(f"a hook or a new forward of {name}, also one of pruning, would not be called: {way}")
+
+
+def _kind(layer):
+    return parametrize.type_before_parametrizations(layer)
 
 
 def _checked_seeds(at):

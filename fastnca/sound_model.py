@@ -1,6 +1,7 @@
 """A model that has learned a sound: what its file holds, how it grows and how what it grew is decoded."""
 
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -137,13 +138,28 @@ class SoundModel:
 
 def save_model(path, model, card=None):
     """Write a DualSpecTNCA to one safetensors file, atomically: its weights, its configuration and, if it has learned a
-    sound, its SoundCard.
+    sound, its SoundCard. What was compiled or wrapped is saved as the model inside, and parametrized weights as what
+    they are now.
+
+    Raises TypeError for another module, RuntimeError for a model whose layers are not those of the rule.
 
     >>> save_model("rule.safetensors", DualSpecTNCA())
     >>> model, card = load_model("rule.safetensors")
     """
+    while not isinstance(model, DualSpecTNCA):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # torch.compile, DDP
+        if inner is None:
+            raise TypeError(f"expected a DualSpecTNCA, got {type(model).__name__}")
+        model = inner
+    model.weights  # noqa: B018 (raises where the layers are not what would be loaded)
+    expected = DualSpecTNCA(**{**model.config, "context": model.places}).state_dict()
+    tensors = {name: attrgetter(name)(model) for name in expected}
+    for name, tensor in tensors.items():
+        shape = None if tensor is None else list(tensor.shape)
+        if shape != list(expected[name].shape):
+            raise RuntimeError(f"{name} has the shape {shape} in place of {list(expected[name].shape)}")
     metadata = {"config": model.config, "sound": None if card is None else asdict(card)}
-    write_safetensors(path, model.state_dict(), "model", MODEL_VERSION, metadata)
+    write_safetensors(path, tensors, "model", MODEL_VERSION, metadata)
 
 
 def load_model(path, backend="auto", precision="fp32"):

@@ -8,6 +8,7 @@ import interpreter
 import parity
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fastnca
 import fastnca.context
@@ -486,3 +487,49 @@ def test_why_not_says_why(name, request_, words):
         assert backends.why_not(name, **request_) is None
     else:
         assert words in backends.why_not(name, **request_)
+
+
+# ---- what has no derivative says so
+
+
+def loss_of(backend):
+    grids, weights, _ = parity.make_problem(((3, 4), (4, 4)))
+    grids, weights = ([x.to(backend.device) for x in tensors] for tensors in (grids, weights))
+    return lambda mel: backend.rollout(2)(mel, grids[1], weights)[0].square().sum(), grids[0]
+
+
+def test_a_second_derivative_is_refused(backend):
+    loss, mel = loss_of(backend)
+    mel.requires_grad_()
+    (plain,) = torch.autograd.grad(loss(mel), mel)
+    (gradient,) = torch.autograd.grad(loss(mel), mel, create_graph=True)
+    assert torch.equal(gradient, plain)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice; backend='reference' can"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_derivative_is_refused(backend, grad):
+    loss, mel = loss_of(backend)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(mel, torch.ones_like(mel))
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative: .* backend='reference' has all"):
+            loss(dual)
+        assert torch.equal(loss(mel), loss(mel))  # another tensor's tangent does not matter
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        torch.func.jacrev,
+        torch.func.jacfwd,
+        lambda loss: lambda mel: torch.func.jvp(loss, (mel,), (mel,)),
+        lambda loss: lambda mel: torch.func.vmap(loss)(mel[None]),
+    ],
+    ids=["grad", "jacrev", "jacfwd", "jvp", "vmap"],
+)
+def test_transforms_of_functions_are_refused(backend, transform):
+    loss, mel = loss_of(backend)
+    with pytest.raises(RuntimeError, match="torch.func does not reach into a fused rollout: .* backend='reference'"):
+        transform(loss)(mel)

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import fastnca
 from fastnca.automaton import backends, reference
@@ -332,6 +336,120 @@ def test_auto_names_what_it_takes():
     assert taken == "cpu" or backends.why_not("cpu") is not None
     assert fastnca.DualSpecTNCA().double().backend == "reference"
     assert fastnca.DualSpecTNCA(num_channels=12).backend == "reference"
+
+
+# ---- a module that is changed, wrapped or called in other ways
+
+CHANGES = {
+    "another activation": lambda model: model.update_mlp.__setitem__(1, nn.GELU()),
+    "a layer more": lambda model: model.update_mlp.append(nn.Identity()),
+    "another module": lambda model: setattr(model, "update_mlp", nn.Identity()),
+    "a hook": lambda model: model.update_mlp[0].register_forward_hook(print),
+    "a hook on all": lambda model: model.update_mlp.register_forward_pre_hook(print),
+    "a backward hook": lambda model: model.update_mlp[2].register_full_backward_hook(print),
+    "a forward of its own": lambda model: setattr(model.update_mlp[0], "forward", lambda x: x),
+    "pruned": lambda model: prune.l1_unstructured(model.update_mlp[0], "weight", 0.5),
+    "context: another layer": lambda model: setattr(model.context, "rows", nn.Identity()),
+    "context: a hook": lambda model: model.context.columns.register_forward_hook(print),
+}
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    model = fastnca.DualSpecTNCA(n_mels=5, n_linear=7, context=Places(), growth=True, **options)
+    with torch.no_grad():
+        model.update_mlp[4].weight.normal_(std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_the_kernels_would_not_see_is_refused(change, backend, tmp_path):
+    model = small_model(backend=backend)
+    grids = model.seed(6)
+    change(model)
+    with pytest.raises(RuntimeError, match="put back the layers that the model was made with"):
+        model.rollout(*grids, 2)
+    with pytest.raises(RuntimeError, match="put back the layers that the model was made with"):
+        fastnca.save_model(tmp_path / "model", model)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", ["update_mlp.0", "update_mlp.4", "context.rows"])
+def test_parametrized_weights_are_those_that_run_and_are_saved(layer, tmp_path):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2.0 * weight
+
+    model, plain = small_model(), small_model()
+    parametrize.register_parametrization(model.get_submodule(layer), "weight", Doubled())
+    with torch.no_grad():
+        plain.get_submodule(layer).weight.mul_(2.0)
+    fastnca.save_model(tmp_path / "model", model)
+    loaded, _ = fastnca.load_model(tmp_path / "model")
+    expected = plain.rollout(*plain.seed(6), 6)
+    for grown in (model.rollout(*model.seed(6), 6), loaded.rollout(*loaded.seed(6), 6)):
+        assert all(torch.equal(*pair) for pair in zip(grown, expected, strict=True))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_a_wrapped_model_is_saved_as_the_model_inside(wrap, tmp_path):
+    model = small_model()
+    fastnca.save_model(tmp_path / "model", wrap(model))
+    loaded, _ = fastnca.load_model(tmp_path / "model")
+    assert all(torch.equal(*pair) for pair in zip(loaded.weights, model.weights, strict=True))
+
+
+def test_another_module_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="expected a DualSpecTNCA, got Linear"):
+        fastnca.save_model(tmp_path / "model", nn.Linear(1, 1))
+
+
+def test_forward_is_a_rollout():
+    model = small_model()
+    grids = model.seed(6)
+    expected = model.rollout(*grids, 3, checkpoint_every=2)
+    parameters = dict(model.named_parameters())
+    called = torch.func.functional_call(model, parameters, grids, {"num_steps": 3, "checkpoint_every": 2})
+    for grown in (model(*grids, 3), called):
+        assert all(torch.equal(*pair) for pair in zip(grown, expected, strict=True))
+
+
+def averaged_gradient(rank, folder):
+    """What one of two processes does: the gradient of its own sound, after DDP has averaged it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = small_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    mel, linear = wrapped(*model.seed(6), num_steps=3 + rank)
+    (mel.square().sum() + linear.square().sum()).backward()
+    torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_average_their_gradients(tmp_path):
+    torch.multiprocessing.spawn(averaged_gradient, (str(tmp_path),), nprocs=2)
+    alone = []
+    for num_steps in (3, 4):
+        model = small_model()
+        sum(grid.square().sum() for grid in model(*model.seed(6), num_steps)).backward()
+        alone.append([parameter.grad for parameter in model.parameters()])
+    for rank in (0, 1):
+        for averaged, *gradients in zip(torch.load(tmp_path / f"{rank}.pt"), *alone, strict=True):
+            torch.testing.assert_close(averaged, sum(gradients) / 2)
+
+
+@pytest.mark.parametrize("size", [80.0, "80", None, True + 0.5])
+def test_sizes_are_integers(size):
+    for name in ("num_channels", "n_mels", "n_linear"):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got"):
+            fastnca.DualSpecTNCA(**{name: size})
+
+
+def test_numpys_integers_are_saved(tmp_path):
+    model = fastnca.DualSpecTNCA(num_channels=np.int32(4), n_mels=np.int64(5), n_linear=np.uint8(7))
+    fastnca.save_model(tmp_path / "model", model)
+    assert fastnca.load_model(tmp_path / "model")[0].config == model.config
 
 
 CARD = SoundCard(Scale(3.5, -2.0, MelBands(0.0, 8000.0)), 8, 4, "griffinlim", None, "default", 7)

@@ -207,6 +207,19 @@ class TestSoap:
         rates = (3e-3, 1e-2, 3e-2, 1e-1)
         assert min(lowest(Soap, lr) for lr in rates) < 0.5 * min(lowest(torch.optim.Adam, lr) for lr in rates)
 
+    def test_a_closure_computes_the_gradient(self):
+        parameter = torch.nn.Parameter(torch.ones(3, 2))
+        optimizer = Soap([parameter], lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = parameter.square().sum()
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(3)]
+        assert losses[0] == losses[1] == 6.0 > losses[2]
+
     def test_its_state_survives(self):
         generator = torch.Generator().manual_seed(0)
         gradients = torch.randn(14, 6, 4, generator=generator)

@@ -9,6 +9,7 @@ from typing import List, Sequence  # noqa: UP035 (the forms that torch.library o
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import infer_schema
 
 from . import reference
@@ -54,7 +55,7 @@ def rollout(
 
     Raises:
         TypeError, ValueError: a type, shape, dtype, device or number that does not fit. RuntimeError: the backend
-        cannot run, and why.
+        cannot run, and why; or a derivative is asked for that it does not have.
     """
     weights = tuple(weights)
     context = None if context is None else tuple(context)
@@ -70,6 +71,8 @@ def rollout(
             _reference_rollout(grid, num_steps, checkpoint_every, weights, life_mask, context_of_grid, growth)
             for grid, context_of_grid in zip((mel, linear), contexts)
         )
+    if not torch.compiler.is_compiling():
+        _check_differentiation((mel, linear, *weights, *(context or ())))
     if num_steps == 0:
         return mel.clone(), linear.clone()
     context = [table.expand(mel.shape[0], -1, -1) for table in context or ()]
@@ -119,6 +122,15 @@ def _check(mel, linear, weights, context, num_steps, checkpoint_every):
         raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
     if checkpoint_every is not None and (not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1):
         raise ValueError(f"checkpoint_every must be None or an integer of at least 1, got {checkpoint_every!r}")
+
+
+def _check_differentiation(tensors):
+    """Raises RuntimeError for what would run without an error and lose the derivative."""
+    way = "backward() and torch.autograd.grad are what a fused rollout has; backend='reference' has all of PyTorch's"
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"torch.func does not reach into a fused rollout: {way}")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"a fused rollout has no forward-mode derivative: {way}")
 
 
 def _reference_rollout(grid, num_steps, checkpoint_every, weights, *rule):
@@ -228,3 +240,14 @@ def _backward(ctx, grad_mel, grad_linear, _):
 
 
 torch.library.register_autograd("fastnca::rollout", _backward, setup_context=_setup_context)
+
+
+def _backward_of_backward(ctx, *grads):
+    raise RuntimeError(
+        "a fused rollout can be differentiated once, not twice; backend='reference' can, as often as you like"
+    )
+
+
+torch.library.register_autograd(
+    "fastnca::rollout_backward", _backward_of_backward, setup_context=lambda ctx, inputs, output: None
+)

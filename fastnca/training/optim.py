@@ -32,11 +32,17 @@ class Soap(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        """One step; ``closure``, where one is given, computes the loss and the gradients anew -> its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step(parameter, self.state[parameter], **{name: group[name] for name in OPTIONS})
+        return loss
 
     def _step(self, parameter, state, lr, betas, basis_beta, basis_every, eps):
         gradient = parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[:, None]
