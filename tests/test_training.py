@@ -83,14 +83,14 @@ class TestGuard:
         assert guard.exploded(4.1)
 
     def test_parts_that_are_harder_are_no_climbing(self):
-        """Whole sweeps are compared: at no time would 20 losses of three kinds be alike."""
+        """Whole sweeps are compared: at no time would 50 losses of three kinds be alike."""
         guard = DivergenceGuard(sweep=3)
-        assert guard.span == 21 and DivergenceGuard(sweep=30).span == 30
-        for loss in [0.1, 0.1, 10.0] * 20:
+        assert guard.span == 51 and DivergenceGuard(sweep=60).span == 60
+        for loss in [0.1, 0.1, 10.0] * 40:
             assert not guard.climbing()
             guard.record(loss)
         assert guard.lowest_mean == pytest.approx(3.4)
-        for loss in [0.13, 0.13, 13.0] * 7:
+        for loss in [0.16, 0.16, 16.0] * 17:
             guard.record(loss)
         assert guard.climbing()
 

@@ -4,8 +4,8 @@ import math
 from statistics import fmean
 
 DIVERGING = 4.0  # times the highest of the recent losses
-CLIMBING = 1.25  # times the lowest mean of recent losses so far, see docs/experiments.md
-RECENT = 20  # losses, or a few more for whole sweeps
+CLIMBING = 1.5  # times the lowest mean of recent losses so far, see docs/experiments.md
+RECENT = 50  # losses, or a few more for whole sweeps
 
 
 class TrainingDiverged(RuntimeError):

@@ -17,9 +17,10 @@ class Soap(torch.optim.Optimizer):
     Args:
         betas: of Adam's averages. basis_beta: of the averages whose eigenvectors are the basis.
         basis_every: steps between two improvements of the basis, each one power iteration.
+        eps: the share of a gradient's norm below which an entry in the basis is taken for rounding, not for a slope.
     """
 
-    def __init__(self, parameters, lr, betas=(0.95, 0.95), basis_beta=0.95, basis_every=5, eps=1e-8):
+    def __init__(self, parameters, lr, betas=(0.95, 0.95), basis_beta=0.95, basis_every=5, eps=1e-6):
         super().__init__(
             parameters,
             {
@@ -65,7 +66,9 @@ class Soap(torch.optim.Optimizer):
         mean.lerp_(gradient, 1.0 - betas[0])
         square.lerp_((left_basis.T @ gradient @ right_basis).square(), 1.0 - betas[1])
         bias1, bias2 = (1.0 - beta ** (step - 1) for beta in betas)
-        direction = (left_basis.T @ mean @ right_basis / bias1) / ((square / bias2).sqrt() + eps)
+        scale = (square / bias2).sqrt()
+        floor = eps * scale.norm() + torch.finfo(scale.dtype).tiny
+        direction = (left_basis.T @ mean @ right_basis / bias1) / (scale + floor)
         parameter.add_((left_basis @ direction @ right_basis.T).view_as(parameter), alpha=-lr)
         if step % basis_every == 0:
             state["left_basis"] = torch.linalg.qr(left @ left_basis).Q
