@@ -8,7 +8,7 @@ def set_shapes(monkeypatch, tile=(16, 16), programs=3, groups=2):
     if triton.interpreting():
         shapes = triton.LaunchShape(tile, 4), triton.LaunchShape(tile, 8)
         configuration = triton.Configuration(*shapes, programs, groups)
-        monkeypatch.setattr(triton, "configuration", lambda architecture, precision: configuration)
+        monkeypatch.setattr(triton, "configuration", lambda *_: configuration)
         monkeypatch.setattr(triton, "MEMORY_BOUND_SHAPE", shapes[0])
 
 

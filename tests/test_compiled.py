@@ -42,7 +42,10 @@ def test_the_committed_results_are_of_these_kernels():
         for name in report.compilations(architecture, precision)
     ]
     for row in rows:
-        assert (row["stack"], row["local_loads"], row["local_stores"], row["faults"]) == ("0", "0", "0", ""), row
+        assert row["faults"] == "", row
+        kernel = int(row["architecture"]), row["precision"], row["kernel"].partition(",")[0]
+        if kernel not in report.MAY_SPILL:
+            assert (row["stack"], row["local_loads"], row["local_stores"]) == ("0", "0", "0"), row
 
 
 def test_the_report_of_one_part(tmp_path, capsys):

@@ -52,7 +52,7 @@ class Configuration:
 
     ``programs`` is that limit for a step and ``groups`` for its backward pass. Each program of the backward pass adds
     up a gradient of the weights of its own, so the groups alone decide the order of these sums: it is the same, to the
-    last bit, on every device of one architecture."""
+    last bit, on devices of one architecture with equally many multiprocessors."""
 
     step: LaunchShape
     backward: LaunchShape
@@ -64,12 +64,16 @@ class Configuration:
 MEMORY_BOUND_SHAPE = LaunchShape((8, 8), 4)
 
 
-def configuration(architecture, precision):
-    """The fixed choice for one of ``ARCHITECTURES`` and a precision."""
-    processors = _PROCESSORS[architecture]
+def configuration(architecture, precision, processors=None):
+    """The fixed choice for one of ``ARCHITECTURES`` and a precision.
+
+    ``processors`` are the device's multiprocessors; without them, those of the architecture's largest common part."""
+    processors = processors or _PROCESSORS[architecture]
     if precision == "fp32":
         # Fused multiply-adds from registers: with larger tiles, or larger slices of the weights, operands spill.
         step, backward = LaunchShape((8, 8), 4, chunk=16), LaunchShape((8, 2), 8, chunk=16)
+        if architecture == 90:  # where that was measured to be faster all the same: docs/performance.md
+            step, backward = LaunchShape((8, 8), 4, chunk=32), LaunchShape((8, 4), 8, chunk=16)
         return Configuration(step, backward, programs=4 * processors, groups=processors)
     # Tensor cores. 64 cells are the height of one wgmma or tcgen05 product. A program of four warps leaves room for a
     # second one on its multiprocessor, except where the weights in tf32 (86 KB) take most of 100 KB of shared memory.
@@ -81,6 +85,10 @@ def configuration(architecture, precision):
         # Here operands pass through registers, and the sums leave too few of them. Both forms of the weights in tf32
         # would also need 150 KB of shared memory, and only the first of these architectures has more than 99 KB.
         backward = LaunchShape((8, 4), 8, chunk=64)
+    elif architecture == 90 and precision == "bf16":
+        # Three programs fit a multiprocessor. 128 cells are two wgmma products, and their 376 bytes of spills for each
+        # thread were measured to cost less than the smaller tile does: docs/performance.md.
+        programs, backward = 3 * processors, LaunchShape((16, 8), 8)
     elif architecture == 100:
         # Without a limit of its own the compiler stops at 128 registers and spills.
         backward = LaunchShape((8, 4), 8, max_registers=255)
@@ -225,7 +233,8 @@ class _Launcher:
             if precision == "bf16":
                 self.dot = "bf16 in fp32"
         else:
-            self.config = configuration(architecture_of(mel.device), precision)
+            processors = torch.cuda.get_device_properties(mel.device).multi_processor_count
+            self.config = configuration(architecture_of(mel.device), precision, processors)
         self.groups = min(self.config.groups, self._tiles(self.config.backward))
 
     def _tiles(self, shape):
