@@ -505,7 +505,7 @@ def epoch(size, found):
 
 
 def learning(size, found):
-    """The default recipe on the built-in sound: means over the last tenth of the epochs, beside those of the reference"""
+    """The default recipe on the built-in sound: means over the last tenth of the epochs, beside the reference's"""
     rows = []
     with tf32(False):
         for precision in ("reference", *size.learned):

@@ -56,5 +56,7 @@ def choose_device(backend="auto"):
 
 
 def fastest_precision(backend):
-    """The precision to train in: "bf16" where this processor multiplies much faster in it, else "fp32"."""
+    """The precision to train in: "bf16" where this processor multiplies much faster in it, else "fp32".
+
+    On a GPU an epoch of the default recipe takes equally long in every precision: docs/performance.md."""
     return "bf16" if backend == "cpu" and cpu.bf16_speedup() >= WORTHWHILE else "fp32"
