@@ -395,9 +395,12 @@ def compare(
     from .sound.metrics import compare as distances
 
     with _one_line_errors(2):
-        sound, _ = load_audio(generated)
-        target, _ = load_audio(reference, duration=len(sound) / SAMPLE_RATE)
-        result = distances(target, sound)
+        sound, sound_info = load_audio(generated)
+        target, target_info = load_audio(reference, duration=len(sound) / SAMPLE_RATE)
+        result = distances(target / target_info.gain, sound / sound_info.gain)  # at the levels of the files
+    for info in (target_info, sound_info):
+        if info.notes:
+            typer.echo(f"{info.name}: {'; '.join(info.notes)}", err=True)
     typer.echo(json.dumps(result, indent=2))
 
 

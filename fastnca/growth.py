@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import threading
+import warnings
 from dataclasses import dataclass, replace
 
 from .automaton import backends
@@ -11,7 +12,7 @@ from .files import read_safetensors, write_safetensors
 from .settings import RunSettings
 from .sound import metrics
 from .sound.convention import N_FFT, as_samples
-from .sound.files import load_audio
+from .sound.files import load_audio, without_rumble
 from .sound.pitch import find_pitch, read_pitch
 from .sound.spectrogram import analyze
 from .sound.vocoder import resolve_vocoder
@@ -130,7 +131,9 @@ class Growth:
         if isinstance(source, (str, os.PathLike)):
             self.samples, self.source = load_audio(source, settings.duration)
         else:
-            self.samples = as_samples(source, minimum=2 * N_FFT)
+            self.samples, note = without_rumble(as_samples(source, minimum=2 * N_FFT))
+            if note:
+                warnings.warn(f"of the samples, {note}", stacklevel=2)
         self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
         self.target = analyze(self.samples, self.vocoder.bands)
         grids = self.target.mel_db.numpy().tobytes() + self.target.linear_db.numpy().tobytes()

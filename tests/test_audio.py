@@ -7,6 +7,8 @@ import pytest
 import soundfile
 import torch
 
+from fastnca.growth import Growth
+from fastnca.settings import RunSettings
 from fastnca.sound import spectrogram
 from fastnca.sound.convention import DB_RANGE, SAMPLE_RATE, MelBands
 from fastnca.sound.files import load_audio, write_wav
@@ -144,6 +146,154 @@ def test_silent_start_of_a_longer_file(tmp_path):
     bad_wav(np.r_[np.zeros(3 * SAMPLE_RATE), sine(1.0)])(tmp_path / "late.wav")
     with pytest.raises(ValueError, match=r"is silent in its first 1\.0 s"):
         load_audio(tmp_path / "late.wav", 1.0)
+
+
+def without_length(flac):
+    flac[21] &= 0xF0  # 36 bits: 0 stands for unknown
+    flac[22:26] = bytes(4)
+
+
+def with_an_absurd_length(flac):
+    flac[21] |= 0x0F
+    flac[22:26] = b"\xff" * 4
+
+
+def without_data_size(wav):
+    wav[40:44] = bytes(4)
+
+
+def with_an_absurd_data_size(wav):
+    wav[40:44] = b"\xff" * 4
+
+
+def with_an_unpadded_chunk(wav):
+    wav[36:36] = b"LIST\x05\0\0\0abcde"
+
+
+def with_a_chunk_beyond_the_end(wav):
+    wav[12:12] = b"JUNK\xf0\xff\xff\xff"
+
+
+@pytest.mark.parametrize("duration", [0.3, 3.0, None])
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("a.flac", without_length),
+        ("a.flac", with_an_absurd_length),
+        ("a.wav", without_data_size),
+        ("a.wav", with_an_absurd_data_size),
+        ("a.wav", with_an_unpadded_chunk),
+        ("a.wav", with_a_chunk_beyond_the_end),
+    ],
+)
+def test_a_header_that_is_wrong_about_lengths(tmp_path, name, edit, duration):
+    path = tmp_path / name
+    soundfile.write(path, sine(1.0), SAMPLE_RATE)
+    wanted, _ = load_audio(path, duration)
+    content = bytearray(path.read_bytes())
+    edit(content)
+    path.write_bytes(content)
+    samples, info = load_audio(path, duration)
+    np.testing.assert_array_equal(samples, wanted)
+    assert info.duration == 1.0
+    assert ("no more than 1.0 s" in str(info)) == (edit is with_an_absurd_length)
+
+
+def test_a_recording_without_samples_is_not_mended(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), SAMPLE_RATE)
+    with open(tmp_path / "a.wav", "ab") as file:
+        file.write(b"LIST\x04\0\0\0abcd")
+    with pytest.raises(ValueError, match="holds no samples"):
+        load_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("rate", [0, 1, 2**32 - 1])
+def test_an_absurd_rate(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", sine(1.0), SAMPLE_RATE)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(ValueError, match=f"sample rate is {rate} Hz, expected 1000 to 1000000"):
+        load_audio(tmp_path / "a.wav", 0.5)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["damaged", "cut-off"])
+def test_what_a_damaged_file_holds_before_the_damage_is_read(tmp_path, cut):
+    path = tmp_path / "a.flac"
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 4 * SAMPLE_RATE)
+    soundfile.write(path, sound, SAMPLE_RATE)
+    wanted, _ = load_audio(path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : len(content) if cut else middle + 50] = b"" if cut else bytes(50)
+    path.write_bytes(content)
+    for duration in (3.0, None):
+        samples, info = load_audio(path, duration)
+        assert 1.6 < info.used < 2.0 and info.duration == info.used
+        assert f"no more than {info.used:.1f} s can be decoded (flac decoder lost sync)" in str(info)
+        own = 4096 * (round(info.used * SAMPLE_RATE) // 4096) - 2048  # the end is filtered on its own
+        np.testing.assert_allclose(samples[:own], wanted[:own], atol=0.01)
+    early = str(load_audio(path, 0.5)[1])
+    assert "using the first 0.5 s" in early and ("can be decoded" in early) == cut
+
+
+def test_a_file_that_is_no_audio_says_what_the_decoder_said(tmp_path):
+    (tmp_path / "a.wav").write_text("not a sound")
+    with pytest.raises(ValueError, match=r"is not audio .* \(Format not recognised"):
+        load_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("offset", [0.02, -0.2])
+def test_an_offset_is_taken_out(tmp_path, offset):
+    sound = 0.5 * synthesize_bowed_string(0.5)
+    bad_wav(sound)(tmp_path / "clean.wav")
+    bad_wav(sound + offset)(tmp_path / "offset.wav")
+    clean, clean_info = load_audio(tmp_path / "clean.wav")
+    samples, info = load_audio(tmp_path / "offset.wav")
+    assert clean_info.notes == () and "below 20 Hz" in str(info)
+    np.testing.assert_allclose(samples, clean, atol=1e-3)
+    grown = analyze(samples)
+    assert grown.linear_db[:2].max() < -35
+    with pytest.warns(UserWarning, match="below 20 Hz"):
+        assert np.abs(Growth(sound + offset, RunSettings(epochs=1, vocoder="griffinlim")).samples - clean).max() < 1e-3
+
+
+def test_a_drift_alone_is_silence(tmp_path):
+    bad_wav(0.3 + 1e-5 * np.linspace(0, 1, 30000))(tmp_path / "drift.wav")
+    with pytest.raises(ValueError, match="is silent but for what lies below 20 Hz"):
+        load_audio(tmp_path / "drift.wav")
+
+
+def test_channels_that_cancel_each_other_are_said(tmp_path):
+    bad_wav(np.stack([sine(1.0), -0.97 * sine(1.0)], axis=1))(tmp_path / "a.wav")
+    assert "its channels nearly cancel each other" in str(load_audio(tmp_path / "a.wav")[1])
+    bad_wav(np.stack([sine(1.0), -sine(1.0)], axis=1))(tmp_path / "a.wav")
+    with pytest.raises(ValueError, match="its channels cancel each other: give one of them"):
+        load_audio(tmp_path / "a.wav")
+    bad_wav(np.stack([sine(1.0), *np.zeros((15, SAMPLE_RATE))], axis=1))(tmp_path / "a.wav")
+    assert load_audio(tmp_path / "a.wav")[1].notes == ()
+
+
+def test_a_very_low_level_is_said(tmp_path):
+    bad_wav(sine(1.0, level=2e-6))(tmp_path / "a.wav")
+    assert "its peak is -114 dB of full scale; make it louder" in str(load_audio(tmp_path / "a.wav")[1])
+
+
+def test_memory_does_not_grow_with_what_is_left_out(tmp_path, monkeypatch):
+    """The length of a stream is counted block by block."""
+    monkeypatch.setattr("fastnca.sound.files.BLOCK_VALUES", 10_000)
+    path = tmp_path / "a.flac"
+    soundfile.write(path, sine(5.0), SAMPLE_RATE)
+    content = bytearray(path.read_bytes())
+    without_length(content)
+    path.write_bytes(content)
+    sizes = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda self, frames=-1, **kw: sizes.append(frames) or read(self, frames, **kw)
+    )
+    assert load_audio(path, 0.5)[1].duration == 5.0
+    assert max(sizes) <= 10_000
 
 
 @pytest.mark.parametrize("duration", [0, -1.0, float("nan"), float("inf"), "3", True])

@@ -264,6 +264,14 @@ def test_compare(finished):
     assert json.loads(result.stdout)["log_spectral_distance_db"] == 0.0
 
 
+def test_compare_takes_levels_above_full_scale_as_they_are(tmp_path):
+    sound = synthesize_bowed_string(0.3)
+    for name, level in (("hot", 2.0), ("half", 1.0)):
+        soundfile.write(tmp_path / f"{name}.wav", level * sound, SAMPLE_RATE, subtype="FLOAT")
+    result = fastnca_cli("compare", tmp_path / "hot.wav", tmp_path / "half.wav")
+    assert json.loads(result.stdout)["loudness_error_db"] == pytest.approx(-6.02, abs=0.01)
+
+
 def test_info():
     result = fastnca_cli("info")
     assert result.exit_code == 0
