@@ -55,10 +55,10 @@ def _one_line_errors(exit_code):
 
 @contextmanager
 def _ctrl_c_stops(growth):
-    """The first Ctrl-C ends training after the present epoch; a second one interrupts at once."""
+    """The first Ctrl-C ends training after the present epoch; a second one, or one after training, ends all at once."""
 
     def stop(signal_number, frame):
-        if growth.stopped:
+        if growth.stopped or growth.trainer.progress >= 1.0:
             raise KeyboardInterrupt
         growth.stop()
 

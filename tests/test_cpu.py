@@ -1,7 +1,9 @@
 """What the CPU kernels alone promise: the sizes of their blocks and tiles, threads and processes, instruction sets."""
 
+import _thread
 import multiprocessing
 import threading
+import time
 
 import parity
 import pytest
@@ -47,6 +49,25 @@ def gradients(inputs, num_steps, **options):
 
 def equal(actual, expected):
     return all(torch.equal(mine, target) for mine, target in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("growth", [False, True], ids=["all-cells", "growth"])
+def test_long_rollouts_in_several_calls_do_not_change_a_bit(monkeypatch, growth):
+    inputs = make_inputs(requires_grad=False)
+    expected = ops.rollout(*inputs, 7, growth=growth)
+    for cells in (1, 2 * 126 * 3):  # one step a call, and three
+        monkeypatch.setattr(cpu, "CELLS_PER_CALL", cells)
+        assert equal(ops.rollout(*inputs, 7, growth=growth), expected)
+
+
+def test_ctrl_c_ends_a_long_rollout():
+    inputs = make_inputs(requires_grad=False, height=80, width=100)
+    timer = threading.Timer(0.2, _thread.interrupt_main)
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        ops.rollout(*inputs, 100_000)
+    assert time.monotonic() - start < 5
 
 
 @life_masks

@@ -13,6 +13,7 @@ except ImportError as error:
     _import_error = error
 
 PRECISIONS = ("fp32", "bf16")
+CELLS_PER_CALL = 2**17  # a fraction of a second: Ctrl-C waits for the end of a call
 
 
 def why_not(device, dtype, num_channels, precision):
@@ -74,10 +75,14 @@ def rollout(mel, linear, weights, context, num_steps, save_every, life_mask, gro
     grids = [mel.contiguous(), linear.contiguous()]
     weights = [weight.contiguous() for weight in weights]
     tables = _by_place(context)
-    final = [torch.empty_like(grid) for grid in grids]
-    problem = _problem(mel, linear, num_steps, save_every, life_mask, growth, precision)
     saved = 0 if states is None else states.data_ptr()
-    _C.rollout(*problem, _addresses(weights), _addresses(tables), _addresses(grids), _addresses(final), saved)
+    cells = sum(grid[:, 0].numel() for grid in grids)
+    steps = max(1, CELLS_PER_CALL // cells) if states is None else num_steps
+    for done in range(0, num_steps, steps):
+        final = [torch.empty_like(grid) for grid in grids]
+        problem = _problem(mel, linear, min(steps, num_steps - done), save_every, life_mask, growth, precision)
+        _C.rollout(*problem, _addresses(weights), _addresses(tables), _addresses(grids), _addresses(final), saved)
+        grids = final
     return final
 
 
