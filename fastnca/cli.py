@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -433,6 +434,9 @@ def info():
 
 
 def main():
+    warnings.formatwarning = lambda message, *_: f"fastnca: {' '.join(str(message).split())}\n"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
     app()
 
 

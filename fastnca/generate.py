@@ -105,11 +105,11 @@ def generate(
             if step in seen:
                 yield growth_picture(model.automaton, step, grids)
 
+    growing = pictures()
     if video:
-        written += save_growth(out.with_suffix(".gif"), pictures())
-    else:
-        for _ in pictures():
-            pass
+        written += save_growth(out.with_suffix(".gif"), growing)
+    for _ in growing:  # on to the end where nothing is drawn
+        pass
     sound = model.decode(*model.automaton.levels(grids))
     rows = [(f"grown, {plan.num_steps} steps", sound.spectrogram)]
     sound.save(out)
@@ -129,7 +129,7 @@ def generate(
         if on_step:
             on_step(total, total)
     save_picture(written[1], rows)
-    return written, sound
+    return [path for path in written if path.exists()], sound
 
 
 def _stages(num_steps, count):

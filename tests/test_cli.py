@@ -100,6 +100,28 @@ class TestGrow:
         assert pictures == ["epoch_0002.png", "epoch_0004.png"]
         assert list((tmp_path / "run" / "tensorboard").iterdir())
 
+    def test_mplbackend_of_a_notebook_and_a_matplotlibrc(self, note, tmp_path):
+        (tmp_path / "matplotlibrc").write_text("text.usetex: true\nbackend: nbagg\n")
+        surroundings = {"MPLBACKEND": "module://no_such.backend", "MATPLOTLIBRC": str(tmp_path)}
+        process = start("grow", note, "-o", tmp_path / "run", "--epochs", 1, "--vocoder", "griffinlim", **surroundings)
+        output = process.communicate(timeout=120)
+        assert process.returncode == 0 and b"could not be drawn" not in output[1], output
+        assert (tmp_path / "run/final.png").exists() and (tmp_path / "run/generated.wav").exists()
+
+    def test_pictures_that_cannot_be_drawn_are_a_warning(self, note, tmp_path, monkeypatch):
+        def broken(size):
+            raise RuntimeError("no\nfont")
+
+        monkeypatch.setattr("fastnca.sound.pictures._figure", broken)
+        with pytest.warns(UserWarning, match="target.png could not be drawn: no font"):
+            result = grow(note, tmp_path / "run", "--epochs", 1)
+        assert result.exit_code == 0, result.stderr
+        with pytest.warns(UserWarning, match="again.gif could not be drawn"):
+            result = fastnca_cli("generate", tmp_path / "run", "-o", tmp_path / "again.wav", "--video")
+        assert result.exit_code == 0 and result.stdout == f"{tmp_path / 'again.wav'}: decoded by griffinlim\n"
+        assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "run/generated.wav").read_bytes()
+        assert not list(tmp_path.rglob("*.png"))
+
     def test_ends_by_minutes(self, note, tmp_path):
         result = grow(note, tmp_path / "run", "--minutes", 0.001)
         assert result.exit_code == 0, result.stderr
@@ -423,9 +445,10 @@ class TestBadInput:
         self.rejected(fastnca_cli("compare", note, tmp_path / "nothing.wav"), "no such file")
 
 
-def start(*arguments):
+def start(*arguments, **surroundings):
     command = [sys.executable, "-m", "fastnca.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "CI": "true"})
+    surroundings = {**os.environ, "CI": "true", **surroundings}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings)
 
 
 def saved_epoch(out):

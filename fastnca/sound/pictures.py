@@ -1,7 +1,10 @@
 """Pictures of dual spectrograms, still and moving."""
 
+import io
+import os
 import shutil
 import subprocess
+import warnings
 from dataclasses import dataclass
 
 from ..files import atomic_write
@@ -15,10 +18,36 @@ def save_picture(path, rows):
 
     ``rows`` is a list of (title, DualSpectrogram); axes in s and Hz, colors from -80 to 0 dB in every picture.
     """
-    figure = _figure((13, 0.6 + 3.6 * len(rows)))
-    _draw_spectrograms(figure, rows)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    _write(path, _drawn(path, _draw_spectrograms, rows))
+
+
+def _drawn(path, draw, *arguments):
+    """What ``draw`` gives by matplotlib's own defaults, whatever a notebook's MPLBACKEND or the user's matplotlibrc
+    asks for. What cannot be drawn is a warning, and None: the sound is what counts."""
+    windows = os.environ.pop("MPLBACKEND", None)  # matplotlib cannot be imported where it does not know the name
+    try:
+        from matplotlib import style
+
+        with style.context("default"):
+            return draw(*arguments)
+    except Exception as error:  # noqa: BLE001 (fonts, colors, memory: all that can go wrong in drawing)
+        warnings.warn(f"{path} could not be drawn: {' '.join(str(error).split())}", stacklevel=3)
+        return None
+    finally:
+        if windows is not None:
+            os.environ["MPLBACKEND"] = windows
+
+
+def _write(path, png):
+    if png is not None:
+        with atomic_write(path) as file:
+            file.write(png)
+
+
+def _png(figure):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    return png.getvalue()
 
 
 def _figure(size):
@@ -30,10 +59,11 @@ def _figure(size):
     return figure
 
 
-def _draw_spectrograms(figure, rows):
+def _draw_spectrograms(rows):
     import librosa.display
     import numpy as np
 
+    figure = _figure((13, 0.6 + 3.6 * len(rows)))
     axes = figure.subplots(len(rows), 2, squeeze=False)
     for (title, spectrogram), row_axes in zip(rows, axes, strict=True):
         mel_db, linear_db, bands = spectrogram.mel_db, spectrogram.linear_db, spectrogram.scale.bands
@@ -56,6 +86,7 @@ def _draw_spectrograms(figure, rows):
             )
             axis.set(title=f"{title}: {name}", xlabel="time (s)", ylabel="frequency (Hz)")
             figure.colorbar(image, ax=axis, format="%.0f dB")
+    return _png(figure)
 
 
 def save_growth(path, pictures):
@@ -64,29 +95,35 @@ def save_growth(path, pictures):
 
     ``pictures`` yields (title, mel_db [80, T], linear_db [513, T], mel_alpha, linear_alpha), with alphas from 0 to 1 in
     the shapes of the levels. The colors are those of :func:`save_picture`, and the last picture stays for two seconds.
+    Of the rest none is taken where one cannot be drawn.
     """
-    import numpy as np
-    from PIL import Image
-
-    figure = _figure((7.2, 4.8))
-    canvas = figure.canvas
-    axes = figure.subplots(2, 2, sharex=True, sharey="col")
-    drawn, palette, colored = [], None, []
+    figure, images, drawn, palette, colored = None, None, [], None, []
     ffmpeg = _find_ffmpeg()
-    for title, *panels in pictures:
+
+    def draw(title, *panels):
+        import numpy as np
+        from PIL import Image
+
+        nonlocal figure, images, palette
+        if figure is None:
+            figure = _figure((7.2, 4.8))
+            images = _empty_panels(figure, panels[0].shape[1])
         figure.suptitle(title)
-        if not drawn:
-            images = _empty_panels(figure, axes, panels[0].shape[1])
         for image, values in zip(images, panels, strict=True):
             image.set_data(values)
-        canvas.draw()
+        figure.canvas.draw()
         figure.set_layout_engine("none")  # laid out once, not again for every picture
-        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
         if ffmpeg:
             colored.append(picture.tobytes())
         # The scales beside the panels put every color into the first picture: one palette, and no flicker.
         palette = palette or picture.quantize(255)
-        drawn.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
+        return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+    for picture in pictures:
+        drawn.append(_drawn(path, draw, *picture))
+        if drawn[-1] is None:
+            return []
     durations = [1000 // GIF_FRAMES_PER_SECOND] * (len(drawn) - 1) + [2000]
     with atomic_write(path) as file:
         drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0)
@@ -117,10 +154,11 @@ def _write_movie(ffmpeg, path, size, frames):
         raise OSError(f"ffmpeg could not write {path}: {result.stderr.decode(errors='replace').strip()}")
 
 
-def _empty_panels(figure, axes, n_frames):
+def _empty_panels(figure, n_frames):
     """The four images (mel and linear level, mel and linear alpha) on their axes."""
     import numpy as np
 
+    axes = figure.subplots(2, 2, sharex=True, sharey="col")
     seconds = n_frames * HOP_LENGTH / SAMPLE_RATE
     heights = (N_MELS, SAMPLE_RATE / 2)
     images = []
@@ -161,6 +199,10 @@ class LifePicture:
 
 def save_life(path, life):
     """Write a PNG of a LifePicture: the errors over age, and below them the growth and one wound, mel over linear."""
+    _write(path, _drawn(path, _draw_life, life))
+
+
+def _draw_life(life):
     import numpy as np
     from matplotlib import colormaps
 
@@ -198,5 +240,4 @@ def save_life(path, life):
         axes[1, 0].set_ylabel("frequency (kHz)")
         part.suptitle(title)
         part.colorbar(image, ax=axes, format="%.0f dB", aspect=40, pad=0.01)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    return _png(figure)
