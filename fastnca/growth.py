@@ -11,7 +11,7 @@ from .automaton import backends
 from .files import read_safetensors, write_safetensors
 from .settings import RunSettings
 from .sound import metrics
-from .sound.convention import N_FFT, as_samples
+from .sound.convention import N_FFT, as_samples, on_cpu
 from .sound.files import load_audio, without_rumble
 from .sound.pitch import find_pitch, read_pitch
 from .sound.spectrogram import analyze
@@ -118,6 +118,7 @@ class Growth:
         ValueError, TypeError, OSError: bad input, said in one line. RuntimeError: a backend that cannot run here.
     """
 
+    @on_cpu
     def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=100):
         if checkpoint_every_epochs < 1:
             raise ValueError(f"checkpoint_every_epochs must be at least 1, got {checkpoint_every_epochs}")
@@ -242,6 +243,7 @@ class Growth:
         tensors, numbers = self.trainer.state_dict()
         return Checkpoint(self.settings, tensors, numbers, self.fingerprint)
 
+    @on_cpu
     def sound(self):
         """What the model grows now, decoded and compared with the recording -> GrownSound."""
         trainer, model = self.trainer, self.model()

@@ -13,7 +13,7 @@ from .automaton import ops, reference
 from .automaton.backends import check_names, choose_backend
 from .automaton.rule import ALPHA, CHANNELS, HIDDEN1, HIDDEN2, VALUE, perception
 from .context import Context
-from .sound.convention import DB_RANGE, N_LINEAR, N_MELS
+from .sound.convention import DB_RANGE, N_LINEAR, N_MELS, on_cpu
 
 TIMES = ("stretch", "sustain")
 RULE_LAYERS = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d)
@@ -31,6 +31,7 @@ def decode_db(grid):
     return torch.tanh(grid[:, VALUE]) * (DB_RANGE / 2) - DB_RANGE / 2
 
 
+@on_cpu
 def frame_times(n_frames, trained_frames, time="stretch"):
     """The place in the sound of each of ``n_frames`` frames, for a model that learned ``trained_frames`` -> [n_frames].
 

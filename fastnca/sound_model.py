@@ -11,7 +11,7 @@ from .automaton.backends import check_names, choose_backend, choose_device
 from .context import Places
 from .files import read_safetensors, write_safetensors
 from .model import DualSpecTNCA, frame_times
-from .sound.convention import MelBands, within_full_scale
+from .sound.convention import MelBands, on_cpu, within_full_scale
 from .sound.files import write_wav
 from .sound.spectrogram import DualSpectrogram, Scale
 from .sound.vocoder import Vocoder, resolve_vocoder
@@ -85,6 +85,7 @@ class SoundModel:
     card: SoundCard
     vocoder: Vocoder
 
+    @on_cpu
     def grow(self, n_frames=None, num_steps=None, time="stretch", pitch_hz=None, at=None):
         """Grow the sound from its seed and decode it -> GrownSound.
 
@@ -162,6 +163,7 @@ def save_model(path, model, card=None):
     write_safetensors(path, tensors, "model", MODEL_VERSION, metadata)
 
 
+@on_cpu
 def load_model(path, backend="auto", precision="fp32"):
     """Read what :func:`save_model` wrote -> (DualSpecTNCA, SoundCard or None).
 

@@ -300,6 +300,16 @@ def test_info():
     assert "torch" in result.stdout and "reference: can run" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["Song [dQw4w9WgXcQ].wav", "caf\udce9 🎻.wav", "two  spaces :smile:.wav"])
+def test_any_name_in_any_locale(note, tmp_path, name):
+    path = os.path.join(tmp_path, name)
+    shutil.copy(note, path)
+    process = start("grow", path, "-o", path + " run", "--epochs", 1, "--vocoder", "griffinlim", LC_ALL="C")
+    output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert name.isascii() is (name.encode("utf-8", "surrogateescape") + b": 0.1 s" in output[1].replace(b"\n", b""))
+
+
 class TestBadInput:
     """Each ends in one line on stderr and exit code 2 and writes nothing."""
 

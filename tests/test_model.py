@@ -20,9 +20,12 @@ import fastnca
 from fastnca.automaton import backends, reference
 from fastnca.context import Places
 from fastnca.files import write_safetensors
+from fastnca.growth import Growth
 from fastnca.model import frame_times
+from fastnca.settings import RunSettings
 from fastnca.sound.convention import MelBands
 from fastnca.sound.spectrogram import Scale
+from fastnca.sound.synthetic import synthesize_bowed_string
 from fastnca.sound_model import MODEL_VERSION, SoundCard
 
 
@@ -555,3 +558,21 @@ def test_import_is_light():
     heavy = {"triton", "librosa", "matplotlib", "bigvgan", "soundfile", "rich", "typer", "auraloss", "safetensors"}
     assert "fastnca.model" in added and not heavy & set(added)
     assert not [name for name in added if name.startswith("torch._dynamo")]
+
+
+def test_sounds_stay_on_the_cpu_whatever_the_default_device(tmp_path):
+    """A notebook's torch.set_default_device("cuda"), for which "meta" stands here."""
+    sound = synthesize_bowed_string(0.1)
+    settings = RunSettings(epochs=1, vocoder="griffinlim", pitch="none")
+
+    def work():
+        grown = list(Growth(sound, settings).events())[-1].sound
+        grown.model.save(tmp_path / "model.safetensors")
+        again = fastnca.load(tmp_path / "model.safetensors").grow(n_frames=12, num_steps=3)
+        return {key: value for key, value in grown.metrics.items() if "seconds" not in key}, again.samples
+
+    expected_metrics, expected = work()
+    with torch.device("meta"):
+        found_metrics, found = work()
+    assert found_metrics == expected_metrics
+    assert (found == expected).all()

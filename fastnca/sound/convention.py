@@ -6,6 +6,7 @@ own maximum, from -DB_RANGE to 0.
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import numpy as np
 import torch
@@ -46,6 +47,17 @@ class MelBands:
 
 
 DEFAULT_BANDS = MelBands()
+
+
+def on_cpu(function):
+    """Decorates what makes tensors of its own, so that ``torch.set_default_device`` does not send them elsewhere."""
+
+    @wraps(function)
+    def run(*arguments, **options):
+        with torch.device("cpu"):
+            return function(*arguments, **options)
+
+    return run
 
 
 def as_samples(samples, name="samples", minimum=N_FFT):

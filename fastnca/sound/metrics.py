@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from .convention import ACTIVE_DB, DB_RANGE, HOP_LENGTH, N_FFT, as_samples
+from .convention import ACTIVE_DB, DB_RANGE, HOP_LENGTH, N_FFT, as_samples, on_cpu
 
 FLOOR_DB = -200.0  # stands for minus infinity, which JSON cannot hold
 
@@ -30,6 +30,7 @@ def _magnitude(samples):
     ).abs()
 
 
+@on_cpu
 def compare(reference, generated):
     """Metrics of a generated sound against its reference, both [n] at 22.05 kHz with at least 2048 samples.
 

@@ -22,6 +22,7 @@ from .convention import (
     SILENCE,
     MelBands,
     as_samples,
+    on_cpu,
 )
 
 
@@ -49,6 +50,7 @@ class DualSpectrogram:
     linear_db: torch.Tensor = field(repr=False)
     scale: Scale
 
+    @on_cpu
     def __post_init__(self):
         for name, bands in (("mel_db", N_MELS), ("linear_db", N_LINEAR)):
             grid = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float32)
@@ -73,6 +75,7 @@ class DualSpectrogram:
 
 
 @lru_cache
+@on_cpu
 def mel_basis(bands=DEFAULT_BANDS):
     """[80, 513] Slaney mel filters of librosa, the ones BigVGAN was trained with."""
     from librosa.filters import mel
@@ -81,6 +84,7 @@ def mel_basis(bands=DEFAULT_BANDS):
     return torch.from_numpy(filters).float()
 
 
+@on_cpu
 def mel_centers(n_bands=N_MELS, bands=DEFAULT_BANDS):
     """[n_bands] in Hz: where the mel bands have their peaks."""
     from librosa import mel_frequencies
@@ -88,6 +92,7 @@ def mel_centers(n_bands=N_MELS, bands=DEFAULT_BANDS):
     return torch.from_numpy(mel_frequencies(n_mels=n_bands + 2, fmin=bands.fmin, fmax=bands.fmax)[1:-1]).float()
 
 
+@on_cpu
 def linear_centers(n_bands=N_LINEAR, bands=DEFAULT_BANDS):
     """[n_bands] in Hz, whatever the mel bands: from 0 to half of the sample rate."""
     return torch.linspace(0.0, SAMPLE_RATE / 2, n_bands)
@@ -122,6 +127,7 @@ def _to_grid(magnitude):
     return (level - reference).clamp(-DB_RANGE, 0.0), reference
 
 
+@on_cpu
 def analyze(samples, bands=DEFAULT_BANDS):
     """Sound -> DualSpectrogram with samples / 256 frames.
 
@@ -142,12 +148,14 @@ def analyze(samples, bands=DEFAULT_BANDS):
     return DualSpectrogram(mel_db, linear_db, Scale(mel_ref_db, linear_ref_db, bands))
 
 
+@on_cpu
 def from_db(level_db, ref_db):
     """Levels in dB and their reference level -> magnitudes, any shape. The lowest level, -80 dB, stays what it says:
     the most that a cell there can be."""
     return 10 ** ((torch.as_tensor(level_db, dtype=torch.float32) + ref_db) / 20)
 
 
+@on_cpu
 def to_magnitude(level_db, ref_db):
     """As :func:`from_db`, but a cell at -80 dB, "-80 or anything quieter", becomes 0: the inverse of :func:`analyze`.
 
@@ -156,6 +164,7 @@ def to_magnitude(level_db, ref_db):
     return from_db(level_db, ref_db) * (torch.as_tensor(level_db) + DB_RANGE).clamp(0, 1)
 
 
+@on_cpu
 def mel_to_log(mel_db, mel_ref_db):
     """Mel grid in dB, any shape -> BigVGAN's input, ln(max(mel, 1e-5)): the inverse of ``analyze`` above -80 dB."""
     nats_per_db = math.log(10) / 20

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .bigvgan import DEFAULT_BIGVGAN, find_bigvgan, load_bigvgan, mel_bands, vocode_mel
-from .convention import DB_RANGE, DEFAULT_BANDS, N_LINEAR, POWER_FLOOR, MelBands
+from .convention import DB_RANGE, DEFAULT_BANDS, N_LINEAR, POWER_FLOOR, MelBands, on_cpu
 from .spectrogram import from_db, istft, mel_basis, stft, to_magnitude
 
 VOCODERS = ("auto", "bigvgan", "griffinlim")
@@ -21,6 +21,7 @@ MERGE_ITERATIONS = 30
 JOIN_ITERATIONS = 32  # from a plausible phase the first few do most of the work
 
 
+@on_cpu
 def griffin_lim(magnitude, n_iter=200, phase=None, seed=0):
     """Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013) in the framing of ``spectrogram.analyze``.
 
@@ -48,6 +49,7 @@ def griffin_lim(magnitude, n_iter=200, phase=None, seed=0):
     return istft(spectrum).numpy()
 
 
+@on_cpu
 def merge_magnitudes(spectrogram):
     """Linear magnitudes [513, T] of a DualSpectrogram, corrected by its mel grid.
 
@@ -92,6 +94,7 @@ class Vocoder:
     model: torch.nn.Module | None = None
     hint: str | None = None
 
+    @on_cpu
     def decode(self, spectrogram):
         """DualSpectrogram -> float32 array of 256 * T samples; deterministic. The peak may lie above full scale."""
         self.check(spectrogram.scale.bands)
@@ -108,6 +111,7 @@ class Vocoder:
             )
 
 
+@on_cpu
 def resolve_vocoder(choice="auto", bigvgan=None):
     """Finds and loads what decoding will need, so that a bad choice fails before any training.
 

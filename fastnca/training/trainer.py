@@ -10,6 +10,7 @@ import torch
 
 from ..context import Places
 from ..model import DualSpecTNCA, decode_db
+from ..sound.convention import on_cpu
 from .divergence import DivergenceGuard, TrainingDiverged
 from .losses import RecipeLoss
 from .optim import Soap
@@ -181,6 +182,7 @@ class Trainer:
         longest = max(1, math.isqrt(steps))
         return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
 
+    @on_cpu
     def train_epoch(self):
         """One gradient step -> {"epoch", "seconds", "learning_rate", "age", "mel_l1_db", "linear_l1_db", "loss"} and
         the terms of the loss.
