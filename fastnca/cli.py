@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -131,8 +131,6 @@ class _Terminal:
 
 
 def _grow(audio, out, tensorboard=False, **options):
-    from contextlib import ExitStack
-
     from rich.console import Console
 
     from .run import prepare
@@ -150,7 +148,7 @@ def _grow(audio, out, tensorboard=False, **options):
             if line:
                 terminal.print(str(line))
         terminal.show_progress(growth.trainer.progress, "first epoch")
-        for event in folder.record(growth):
+        for event in stack.enter_context(closing(folder.record(growth))):
             for listener in listeners:
                 listener(event)
     result = event.sound.metrics

@@ -1,21 +1,41 @@
 """Files that are either whole or not there, and safetensors files that say what they are."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import secrets
 from pathlib import Path
+
+
+def check_replaceable(path):
+    """Raises OSError where :func:`atomic_write` could not put a file: a name too long, no folder, a device, a pipe."""
+    path = Path(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if not Path(os.path.realpath(path)).parent.is_dir():
+            raise FileNotFoundError(f"no such folder: {path.parent}; create it before writing {path}") from None
+    else:
+        if not path.is_file():
+            kind = "folder" if path.is_dir() else "device or a pipe"
+            raise OSError(f"{path} is a {kind}, and only files are written and replaced; choose another name")
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that takes the place of ``path`` when the block ends without an error.
 
-    If the block fails, what was there before stays as it was.
+    If the block fails, what was there before stays as it was. What a link leads to is replaced, not the link.
+    Raises OSError for what is no file, a device for example.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    check_replaceable(path)
+    path = Path(os.path.realpath(path))
+    # A name of its own, as others may write the same file; 50 characters are at most 200 of the 255 bytes of a name.
+    partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -23,6 +43,41 @@ def atomic_write(path):
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partials(path):
+    """Remove what a killed process left of :func:`atomic_write` to ``path``, which no other may be writing now."""
+    path = Path(path)
+    for partial in path.parent.glob(f".{path.name[:50]}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def lock(path):
+    """The open file ``path``, locked for this process until :func:`unlock` or its end, even a crash.
+
+    Raises BlockingIOError where another holds it.
+    """
+    path = os.path.abspath(path)
+    file = open(path, "ab")  # noqa: SIM115 (open as long as it is locked)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                raise
+        if not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
+            raise BlockingIOError(f"{path} was unlocked and removed at this moment")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def unlock(file):
+    """Remove a file that :func:`lock` gave, while it is still locked."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(file.name)
+    file.close()
 
 
 def write_safetensors(path, tensors, kind, version, metadata):

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .files import check_replaceable
+from .run import CHECKPOINT_FILE, RUN_FILES
 from .sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
-from .sound.files import write_wav
+from .sound.files import check_wav_name, write_wav
 from .sound.pictures import save_growth, save_picture
 from .sound.pitch import read_pitch
 from .sound.spectrogram import linear_centers, mel_centers
@@ -80,11 +82,17 @@ def generate(
         name += "" if seeds_every is None else f"_seeds{seeds_every}"
         out = model_file.with_name(f"{name}.wav")
     out = Path(out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {out.parent}; make it first")
+    check_wav_name(out)
 
     def beside(ending):
         return out.with_name(out.stem + ending)
+
+    endings = [".png"] + video * [".gif", ".mp4"] + hear_growth * ["_growth.wav"]
+    endings += [] if box is None else ["_wounded.wav", "_healed.wav"]
+    for path in (out, *map(beside, endings)):
+        check_replaceable(path)
+        if path.name in RUN_FILES and path.name != "generated.wav" and path.with_name(CHECKPOINT_FILE).exists():
+            raise FileExistsError(f"{path} belongs to the run in that folder; choose another name with -o")
 
     total = max(1, plan.num_steps + (heal if box else 0))
     written = [out, beside(".png")]

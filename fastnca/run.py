@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 import shutil
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from .files import atomic_write
+from .files import atomic_write, lock, remove_partials, unlock
 from .growth import Checkpoint, CheckpointDue, Done, EpochDone, Growth, PictureDue, TrainingDone
 from .settings import RunSettings
 from .sound.files import write_wav
@@ -16,6 +18,7 @@ from .training.divergence import TrainingDiverged
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOSSES_FILE = "losses.csv"
+LOCK_FILE = ".fastnca.lock"  # there while a process owns the folder, or after a crash
 RUN_FILES = (
     CHECKPOINT_FILE,
     MODEL_FILE,
@@ -33,11 +36,35 @@ RUN_FILES = (
 
 
 class RunFolder:
-    """The folder of one run: which files it holds, whose they are, and when they are written."""
+    """The folder of one run: which files it holds, whose they are, and when they are written.
+
+    It belongs to one process at a time, from :meth:`find_checkpoint`, or :meth:`open` where it was not there before, to
+    :meth:`release`.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
         self.losses = []  # rows of losses.csv
+        self._lock = None
+        self._goes_on = False
+
+    def _own(self, make=False):
+        try:
+            if make:
+                os.makedirs(os.path.realpath(self.path))  # raises where another run has made it since
+            self._lock = lock(self.path / LOCK_FILE)
+        except (BlockingIOError, FileExistsError) as error:
+            raise BlockingIOError(
+                f"{self.path} is in use by another run; wait for its end, or choose another folder with -o"
+            ) from error
+        except OSError as error:
+            raise OSError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
+
+    def release(self):
+        """Let others use the folder."""
+        if self._lock:
+            unlock(self._lock)
+            self._lock = None
 
     def find_checkpoint(self, resume=False, force=False):
         """The Checkpoint to go on from, or None for a new run.
@@ -47,12 +74,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self.path} is a file; the output must be a folder")
+        if self.path.exists():
+            self._own()
         existing = [name for name in RUN_FILES if (self.path / name).exists()]
         if resume:
             if CHECKPOINT_FILE not in existing:
                 raise FileNotFoundError(
                     f"nothing to resume in {self.path}: it holds no {CHECKPOINT_FILE}; start without --resume"
                 )
+            self._goes_on = True
             return Checkpoint.load(self.path / CHECKPOINT_FILE)
         if existing and CHECKPOINT_FILE not in existing:
             raise FileExistsError(
@@ -68,15 +98,24 @@ class RunFolder:
 
     def open(self, growth):
         """Make the folder, clear it of a run that is replaced, and write the target and a first checkpoint."""
+        if not self._lock:
+            self._own(make=True)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if growth.trainer.epoch == 0:
-                self._clear()
-            else:
+            if self._goes_on:
                 self._read_losses(growth.trainer.epoch)
-            (self.path / "progress").mkdir(exist_ok=True)
-            self._save(growth)  # first: what holds no checkpoint is not taken for a run
-            write_wav(self.path / "target.wav", growth.samples)
+            else:
+                self._clear()
+            for name in RUN_FILES:
+                remove_partials(self.path / name)
+            try:
+                self._save_checkpoint(growth)  # first: what holds no checkpoint is not taken for a run
+                self._save_model(growth)
+                (self.path / "progress").mkdir(exist_ok=True)
+                write_wav(self.path / "target.wav", growth.samples)
+            except BaseException:
+                if not self._goes_on:
+                    self._clear()  # or nothing could begin here
+                raise
         except OSError as error:
             raise OSError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
         save_picture(self.path / "target.png", [("target", growth.target)])
@@ -84,7 +123,7 @@ class RunFolder:
     def _clear(self):
         for name in reversed(RUN_FILES):  # the checkpoint last: until then it is a run
             path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
     def _read_losses(self, epoch):
         if (self.path / LOSSES_FILE).exists():
@@ -95,7 +134,7 @@ class RunFolder:
         """The growth's events, each passed on when the files that it asks for are written.
 
         Raises TrainingDiverged, after writing what had been learned, or OSError where a file cannot be written; the
-        last checkpoint stays whole.
+        last checkpoint stays whole. The folder is released when the events end.
         """
         try:
             for event in growth.events():
@@ -103,7 +142,8 @@ class RunFolder:
                     picture = self.path / "progress" / f"epoch_{event.epoch:04d}.png"
                     save_picture(picture, [(f"epoch {event.epoch}", growth.grown())])
                 elif isinstance(event, (CheckpointDue, TrainingDone)):
-                    self._save(growth)
+                    self._save_model(growth)
+                    self._save_checkpoint(growth)  # last: what it goes on from is there
                 elif isinstance(event, Done):
                     self._write_results(growth, event.sound)
                 elif isinstance(event, EpochDone):
@@ -114,9 +154,11 @@ class RunFolder:
                 growth.model().save(self.path / MODEL_FILE)
                 self._write_results(growth, growth.sound())
             raise
+        finally:
+            self.release()
 
-    def _save(self, growth):
-        """Write the losses, a usable model and, last, the checkpoint; each file is whole or the one before."""
+    def _save_model(self, growth):
+        """Write the losses and a usable model; each file is whole or the one before."""
         text = io.StringIO(newline="")
         if self.losses:
             rows = csv.DictWriter(text, self.losses[0].keys())
@@ -125,6 +167,8 @@ class RunFolder:
         with atomic_write(self.path / LOSSES_FILE) as file:
             file.write(text.getvalue().encode())
         growth.model().save(self.path / MODEL_FILE)
+
+    def _save_checkpoint(self, growth):
         growth.checkpoint().save(self.path / CHECKPOINT_FILE)
 
     def _write_results(self, growth, sound):
@@ -149,11 +193,15 @@ def prepare(source, out=None, *, resume=False, force=False, checkpoint_every_epo
     folder = RunFolder(out) if out is not None else None
     if folder is None and (resume or force):
         raise ValueError("resume and force need out, the folder of the run")
-    checkpoint = folder.find_checkpoint(resume, force) if folder else None
-    settings = RunSettings.merge(given, checkpoint.settings if checkpoint else None)
-    growth = Growth(source, settings, checkpoint, checkpoint_every_epochs)
-    if folder:
-        folder.open(growth)
+    with ExitStack() as on_failure:
+        if folder:
+            on_failure.callback(folder.release)
+        checkpoint = folder.find_checkpoint(resume, force) if folder else None
+        settings = RunSettings.merge(given, checkpoint.settings if checkpoint else None)
+        growth = Growth(source, settings, checkpoint, checkpoint_every_epochs)
+        if folder:
+            folder.open(growth)
+        on_failure.pop_all()
     return growth, folder
 
 
@@ -213,7 +261,8 @@ def grow(
         resume=resume,
         force=force,
     )
-    for event in folder.record(growth) if folder else growth.events():
-        if on_event:
-            on_event(event)
+    with closing(folder.record(growth) if folder else growth.events()) as events:
+        for event in events:
+            if on_event:
+                on_event(event)
     return event.sound

@@ -22,7 +22,7 @@ import fastnca
 from fastnca.automaton import backends
 from fastnca.cli import app
 from fastnca.context import Places
-from fastnca.files import read_safetensors, write_safetensors
+from fastnca.files import check_replaceable, read_safetensors, write_safetensors
 from fastnca.generate import erase
 from fastnca.model import frame_times
 from fastnca.sound.convention import SAMPLE_RATE, MelBands
@@ -455,6 +455,58 @@ class TestBadInput:
         self.rejected(fastnca_cli("compare", note, tmp_path / "nothing.wav"), "no such file")
 
 
+class TestOutputNames:
+    """Only regular files are replaced, and none that belongs to something else; checked before anything grows."""
+
+    @staticmethod
+    def refused(finished, out, words, *options):
+        before = sorted(out.parent.iterdir())
+        TestBadInput.rejected(fastnca_cli("generate", finished[1], "-o", out, *options), words)
+        assert sorted(out.parent.iterdir()) == before
+
+    @pytest.mark.parametrize("suffix", [".mp3", ".png", ".gif", ".flac"])
+    def test_of_another_format(self, finished, tmp_path, suffix):
+        self.refused(finished, tmp_path / f"x{suffix}", f"would hold WAV, not {suffix}; let its name end in .wav")
+
+    @pytest.mark.parametrize("name", ["x.WAV", "x"])
+    def test_that_promise_no_other_format(self, finished, tmp_path, name):
+        assert fastnca_cli("generate", finished[1], "-o", tmp_path / name, "--steps", 1).exit_code == 0
+        assert soundfile.info(tmp_path / name).format == "WAV" and (tmp_path / "x.png").exists()
+
+    @pytest.mark.parametrize("ending", ["", ".png", "_growth.wav", "_healed.wav"])
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_of_pipes_and_folders(self, finished, tmp_path, make, ending):
+        taken = tmp_path / f"x{ending}"
+        make(taken)
+        options = "--hear-growth", "--wound", "0-1,100-200"
+        self.refused(finished, tmp_path / "x", f"{taken} is a {'folder' if taken.is_dir() else 'device'}", *options)
+
+    def test_of_a_device(self):
+        with pytest.raises(OSError, match="/dev/null is a device"):
+            check_replaceable("/dev/null")
+
+    @pytest.mark.parametrize("name", ["target.wav", "final.wav", "life.wav"])
+    def test_of_the_run(self, finished, name):
+        self.refused(finished, finished[1] / name, "belongs to the run in that folder")
+
+    def test_links_are_followed(self, finished, tmp_path):
+        (tmp_path / "there").mkdir()
+        for name in ("x.wav", "x.png"):
+            (tmp_path / name).symlink_to(tmp_path / "there" / name)
+        for _ in range(2):
+            assert fastnca_cli("generate", finished[1], "-o", tmp_path / "x.wav", "--steps", 1).exit_code == 0
+            assert (tmp_path / "x.wav").is_symlink() and soundfile.info(tmp_path / "there" / "x.wav").frames == 2048
+            assert {path.name for path in (tmp_path / "there").iterdir()} == {"x.wav", "x.png"}
+
+    @pytest.mark.parametrize("letter", ["x", "\u00fc"])
+    def test_near_the_limit(self, finished, tmp_path, letter):
+        out = tmp_path / (letter * (251 // len(letter.encode())) + ".wav")
+        result = fastnca_cli("generate", finished[1], "-o", out, "--steps", 1)
+        assert result.exit_code == 0, result.stderr
+        assert {path.suffix for path in tmp_path.iterdir()} == {".wav", ".png"}
+        self.refused(finished, out, "File name too long", "--hear-growth")
+
+
 def start(*arguments, **surroundings):
     command = [sys.executable, "-m", "fastnca.cli", *map(str, arguments)]
     surroundings = {**os.environ, "CI": "true", **surroundings}
@@ -519,6 +571,59 @@ class TestGoingOn:
         (tmp_path / "notes.txt").write_text("mine")
         assert grow(finished[0], tmp_path, "--epochs", 1, "--force").exit_code == 0
         assert len(read_losses(tmp_path)) == 1 and (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_a_folder_has_one_owner(self, finished, uninterrupted, tmp_path):
+        run = tmp_path / "run"
+        process = start("grow", finished[0], "-o", run, *EPOCHS)
+        wait_for_epoch(process, run, 2)
+        process.send_signal(signal.SIGSTOP)
+        for options in ((), ("--resume",), ("--force",)):
+            TestBadInput.rejected(grow(finished[0], run, "--epochs", 1, *options), f"{run} is in use by another run")
+        process.send_signal(signal.SIGCONT)
+        output = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert_same_run(run, uninterrupted)
+
+    def test_two_that_start_at_once(self, finished, uninterrupted, tmp_path):
+        runs = [start("grow", finished[0], "-o", tmp_path / "run", *EPOCHS) for _ in range(2)]
+        told = [run.communicate(timeout=120)[1].decode() for run in runs]
+        assert sorted(run.returncode for run in runs) == [0, 2], told
+        assert sum("is in use" in text or "already holds a run" in text for text in told) == 1
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_who_fails_lets_go(self, finished, tmp_path):
+        """In one process, where a listener's error is kept."""
+
+        def fail(event):
+            raise LookupError
+
+        options = {"vocoder": "griffinlim", "epochs": 1}
+        with pytest.raises(LookupError) as kept:
+            fastnca.grow(finished[0], tmp_path, on_event=fail, **options)
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            fastnca.grow(finished[0], tmp_path, **options)
+        fastnca.grow(finished[0], tmp_path, resume=True)
+        assert kept.value.__traceback__
+
+    @pytest.mark.parametrize("fitting", [0, 1, 2, 3, 4])
+    def test_a_disk_that_is_full_at_the_start(self, finished, tmp_path, monkeypatch, fitting):
+        """So many files fit; then every command finds a folder that it can use."""
+        real_fsync, count = os.fsync, iter(range(1000))
+
+        def fill(descriptor):
+            if next(count) >= fitting:
+                raise OSError(28, "No space left on device")
+            real_fsync(descriptor)
+
+        for options, words in (((), ""), (("--resume",), "nothing to resume"), (("--force",), "")):
+            count = iter(range(1000))
+            with monkeypatch.context() as full:
+                full.setattr("fastnca.files.os.fsync", fill)
+                result = grow(finished[0], tmp_path / "run", "--epochs", 1)
+            assert result.exit_code in (1, 2) and "No space left on device" in result.stderr
+            result = grow(finished[0], tmp_path / "run", "--epochs", 1, *options)
+            assert words in result.stderr if words else result.exit_code == 0, result.stderr
+            shutil.rmtree(tmp_path / "run")
 
     def test_a_full_disk_leaves_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch):
         real_fsync = os.fsync

@@ -309,20 +309,26 @@ def load_audio(path, duration=None):
     return np.ascontiguousarray(samples, dtype=np.float32), info
 
 
+def check_wav_name(path):
+    """Raises ValueError for a name that promises another format than WAV."""
+    suffix = os.path.splitext(os.fspath(path))[1]
+    if suffix.lower() not in ("", ".wav"):
+        raise ValueError(f"{path} would hold WAV, not {suffix}; let its name end in .wav, and convert it afterwards")
+
+
 def write_wav(path, samples):
     """Writes a mono 22.05 kHz WAV file atomically: the path holds the old file or the whole new one.
 
     24-bit PCM: plays everywhere, and a quiet sound keeps the 80 dB of the grids below its own peak (16 bits do not).
     Nothing is clipped: samples beyond full scale are scaled down as a whole. Returns the factor applied, 1.0 if none.
-    Raises OSError where the file cannot be written.
+    Raises OSError where the file cannot be written, ValueError for a name that promises another format.
     """
     import soundfile
 
+    check_wav_name(path)
     samples, gain = within_full_scale(as_samples(samples, minimum=0))
-    path = os.fspath(path)
-    folder = os.path.dirname(path)
-    if folder and not os.path.isdir(folder):
-        raise FileNotFoundError(f"no such folder: {folder}; create it before writing {path}")
+    wav = io.BytesIO()  # as soundfile does not say why it cannot write to a file
+    soundfile.write(wav, samples, SAMPLE_RATE, format="WAV", subtype="PCM_24")
     with atomic_write(path) as file:
-        soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="PCM_24")
+        file.write(wav.getbuffer())
     return gain
