@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+@contextmanager
+def _one_line_errors(exit_code):
+    """Ends in one line on stderr and ``exit_code`` instead of a traceback, which FASTNCA_TRACEBACK=1 brings back."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("FASTNCA_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, TypeError, OSError, RuntimeError)):
+            text = f"{type(error).__name__}: {text}; set FASTNCA_TRACEBACK=1 to see where"
+        typer.echo(f"fastnca: {text or type(error).__name__}", err=True)
+        raise SystemExit(exit_code) from error
+
 
 app = typer.Typer(
     add_completion=False,
@@ -41,17 +58,6 @@ Precision = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that the folder holds.")]
-
-
-@contextmanager
-def _one_line_errors(exit_code):
-    """Ends in one line on stderr and ``exit_code`` instead of a traceback, for what the user or the machine did."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        typer.echo(f"fastnca: {text or type(error).__name__}", err=True)
-        raise typer.Exit(exit_code) from error
 
 
 @contextmanager
@@ -435,7 +441,8 @@ def main():
     warnings.formatwarning = lambda message, *_: f"fastnca: {' '.join(str(message).split())}\n"
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
-    app()
+    with _one_line_errors(1):
+        app()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .automaton.rule import HIDDEN1, perception
+from .files import from_fields
 from .sound.convention import DEFAULT_BANDS, MelBands
 from .sound.spectrogram import linear_centers, mel_centers
 
@@ -42,7 +43,7 @@ class Places:
     @classmethod
     def from_dict(cls, fields):
         """From what ``dataclasses.asdict`` made of one, also after JSON."""
-        return cls(**{**fields, "bands": MelBands(**fields["bands"])})
+        return from_fields(cls, {**fields, "bands": from_fields(MelBands, fields["bands"])})
 
 
 def check_pitch(hertz):

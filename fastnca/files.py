@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import secrets
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -80,6 +81,27 @@ def unlock(file):
     file.close()
 
 
+def from_fields(kind, values):
+    """A dataclass from a dict of its fields, as it was read from a file.
+
+    Raises ValueError that names the fields that are missing, unknown or of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} should be its fields and is {values!r}")
+    known = {field.name: field for field in fields(kind)}
+    missing = [name for name, field in known.items() if name not in values and field.default is field.default_factory]
+    unknown = [name for name in values if name not in known]
+    wrong = [name for name, value in values.items() if name in known and not _fits(value, known[name].type)]
+    for names, what in ((missing, "has no"), (unknown, "has unknown, perhaps newer,"), (wrong, "has a wrong value in")):
+        if names:
+            raise ValueError(f"{kind.__name__} {what} {', '.join(names)}")
+    return kind(**values)
+
+
+def _fits(value, annotation):
+    return isinstance(value, annotation) or (type(value) is int and isinstance(0.0, annotation))
+
+
 def write_safetensors(path, tensors, kind, version, metadata):
     """Write tensors and a JSON-serializable dict to one file, atomically; equal content gives equal bytes.
 
@@ -113,7 +135,7 @@ def read_safetensors(path, kind):
     try:
         metadata = json.loads(header)
         found, version = metadata.pop("format", None), metadata.pop("version", None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is not fastnca's ({error})") from error
     if str(found).startswith(f"fastnca-{kind}-"):
         raise ValueError(

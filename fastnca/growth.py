@@ -91,15 +91,17 @@ class Checkpoint:
         """Raises FileNotFoundError, or ValueError for what is no checkpoint or of another version."""
         tensors, version, metadata = read_safetensors(path, "checkpoint")
         if version != CHECKPOINT_VERSION:
+            age = "a newer" if version > CHECKPOINT_VERSION else "an older"
             raise ValueError(
-                f"{path} has version {version}, and this fastnca goes on with version {CHECKPOINT_VERSION}; go on with "
-                "the fastnca that started the run, or start over with --force"
+                f"{path} was written by {age} fastnca: it has version {version}, and this fastnca goes on with version "
+                f"{CHECKPOINT_VERSION}; go on with the fastnca that started the run, or start over with --force"
             )
         try:
             settings = RunSettings.from_dict(metadata["settings"])
             return cls(settings, tensors, metadata["trainer"], metadata["fingerprint"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: its header is incomplete ({error!r})") from error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is damaged or of another fastnca: {reason}; start over with --force") from error
 
 
 class Growth:
@@ -155,7 +157,13 @@ class Growth:
                     "the run was started on another sound or other mel bands; give it the same audio file, vocoder and "
                     "duration, or start over with --force"
                 )
-            self.trainer.load_state_dict(checkpoint.tensors, checkpoint.numbers)
+            try:
+                self.trainer.load_state_dict(checkpoint.tensors, checkpoint.numbers)
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+                reason = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(
+                    f"the checkpoint is damaged or of another fastnca: {reason}; start over with --force"
+                ) from error
         self._running, self._stopped = threading.Event(), threading.Event()
         self._running.set()
         self._present = self._snapshot()

@@ -1,5 +1,7 @@
 """A run: a growth and the folder that keeps it, from the checks before it to the files it leaves."""
 
+import codecs
+import contextlib
 import csv
 import io
 import json
@@ -33,6 +35,25 @@ RUN_FILES = (
     "progress",
     "tensorboard",
 )
+
+
+def read_losses(data):
+    """The rows of a losses.csv, also one that a spreadsheet has saved: with a byte order mark, semicolons, tabs,
+    decimal commas, in UTF-16. Rows without an epoch are left out, and the last of several for one epoch stays."""
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = data.decode(encoding, errors="replace").replace("\0", "")
+    header = text.lstrip().partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    rows = {}
+    with contextlib.suppress(csv.Error):
+        for row in csv.DictReader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter):
+            row = {name: value or "" for name, value in row.items() if name}
+            if delimiter != ",":
+                row = {name: value.replace(",", ".") for name, value in row.items()}
+            with contextlib.suppress(KeyError, ValueError, OverflowError):
+                row["epoch"] = str(int(float(row["epoch"])))
+                rows[int(row["epoch"])] = row
+    return [rows[epoch] for epoch in sorted(rows)]
 
 
 class RunFolder:
@@ -126,9 +147,12 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
     def _read_losses(self, epoch):
-        if (self.path / LOSSES_FILE).exists():
-            with open(self.path / LOSSES_FILE, newline="") as file:
-                self.losses = [row for row in csv.DictReader(file) if int(row["epoch"]) <= epoch]
+        """Take up the rows up to that epoch: the checkpoint counts. A file that holds none is kept aside."""
+        path = self.path / LOSSES_FILE
+        if path.exists():
+            self.losses = [row for row in read_losses(path.read_bytes()) if int(row["epoch"]) <= epoch]
+            if not self.losses and path.stat().st_size:
+                os.replace(path, path.with_name("losses.unread.csv"))
 
     def record(self, growth):
         """The growth's events, each passed on when the files that it asks for are written.
@@ -161,7 +185,8 @@ class RunFolder:
         """Write the losses and a usable model; each file is whole or the one before."""
         text = io.StringIO(newline="")
         if self.losses:
-            rows = csv.DictWriter(text, self.losses[0].keys())
+            names = {**self.losses[0], **self.losses[-1]}  # somebody may have removed a column, or added one
+            rows = csv.DictWriter(text, names)
             rows.writeheader()
             rows.writerows(self.losses)
         with atomic_write(self.path / LOSSES_FILE) as file:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import asdict, dataclass, field, replace
 
+from .files import from_fields
 from .training.recipes import RECIPES, Recipe, find_recipe
 from .training.trainer import Budget
 
@@ -73,4 +74,4 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, values):
-        return cls(**{**values, "recipe": Recipe(**values["recipe"])})
+        return from_fields(cls, {**values, "recipe": from_fields(Recipe, values["recipe"])})

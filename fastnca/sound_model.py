@@ -9,7 +9,7 @@ import torch
 
 from .automaton.backends import check_names, choose_backend, choose_device
 from .context import Places
-from .files import read_safetensors, write_safetensors
+from .files import from_fields, read_safetensors, write_safetensors
 from .model import DualSpecTNCA, frame_times
 from .sound.convention import MelBands, on_cpu, within_full_scale
 from .sound.files import write_wav
@@ -41,9 +41,8 @@ class SoundCard:
     @classmethod
     def from_dict(cls, fields):
         """From what ``dataclasses.asdict`` made of one, also after JSON."""
-        scale = dict(fields["scale"])
-        scale["bands"] = MelBands(**scale["bands"])
-        return cls(**{**fields, "scale": Scale(**scale)})
+        scale = {**fields["scale"], "bands": from_fields(MelBands, fields["scale"]["bands"])}
+        return from_fields(cls, {**fields, "scale": from_fields(Scale, scale)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,17 +173,24 @@ def load_model(path, backend="auto", precision="fp32"):
     tensors, version, metadata = read_safetensors(path, "model")
     if version > MODEL_VERSION:
         raise ValueError(
-            f"{path} has version {version}, and this fastnca reads models up to {MODEL_VERSION}: update it"
+            f"{path} was written by a newer fastnca: it has version {version}, and this one reads models up to "
+            f"{MODEL_VERSION}; update fastnca"
         )
     try:
         config = dict(metadata["config"])
+        unknown = set(config) - set(DualSpecTNCA().config)
+        if unknown:
+            raise ValueError(f"its configuration has unknown, perhaps newer, {', '.join(sorted(unknown))}")
         if config.get("context"):
             config["context"] = Places.from_dict(config["context"])
         model = DualSpecTNCA(**config, backend=backend, precision=precision)
         model.load_state_dict(tensors)
         card = None if metadata["sound"] is None else SoundCard.from_dict(metadata["sound"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: its configuration and its weights do not fit ({error})") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} is damaged or of another fastnca: its configuration and its weights do not fit ({reason})"
+        ) from error
     return model, card
 
 

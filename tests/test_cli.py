@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import fastnca
 from fastnca.automaton import backends
-from fastnca.cli import app
+from fastnca.cli import app, main
 from fastnca.context import Places
 from fastnca.files import check_replaceable, read_safetensors, write_safetensors
 from fastnca.generate import erase
@@ -451,6 +451,54 @@ class TestBadInput:
         torch.save({}, tmp_path / "model.safetensors")
         self.rejected(fastnca_cli("generate", tmp_path), "damaged or not a safetensors file")
 
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda sound: sound.pop("n_frames"), "SoundCard has no n_frames"),
+            (lambda sound: sound.update(n_frames="8"), "SoundCard has a wrong value in n_frames"),
+            (lambda sound: sound.update(window="hann"), "SoundCard has unknown, perhaps newer, window"),
+            (lambda sound: sound["scale"].pop("mel_ref_db"), "Scale has no mel_ref_db"),
+            (lambda sound: sound["scale"].pop("bands"), "it has no 'bands'"),
+            (lambda sound: sound["scale"].update(bands=3), "MelBands should be its fields and is 3"),
+        ],
+    )
+    def test_generate_from_a_model_of_another_fastnca(self, finished, tmp_path, change, words):
+        tensors, version, metadata = read_safetensors(finished[1] / "model.safetensors", "model")
+        change(metadata["sound"])
+        write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
+        self.rejected(fastnca_cli("generate", tmp_path), words)
+
+    def test_generate_from_a_newer_model(self, finished, tmp_path):
+        tensors, version, metadata = read_safetensors(finished[1] / "model.safetensors", "model")
+        write_safetensors(tmp_path / "model.safetensors", tensors, "model", version + 1, metadata)
+        self.rejected(fastnca_cli("generate", tmp_path), "was written by a newer fastnca")
+        metadata["config"]["depth"] = 2
+        write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
+        self.rejected(fastnca_cli("generate", tmp_path), "configuration has unknown, perhaps newer, depth")
+
+    @pytest.mark.parametrize("missing", ["settings", "fingerprint", "trainer", "guard", "recipe"])
+    def test_resume_from_a_checkpoint_with_a_field_missing(self, finished, tmp_path, missing):
+        tensors, version, metadata = read_safetensors(finished[1] / "checkpoint.safetensors", "checkpoint")
+        for fields in (metadata, metadata.get("trainer", {}), metadata.get("settings", {})):
+            fields.pop(missing, None)
+        write_safetensors(tmp_path / "checkpoint.safetensors", tensors, "checkpoint", version, metadata)
+        self.rejected(grow(finished[0], tmp_path, "--resume"), f"it has no '{missing}'; start over with --force")
+
+    def test_errors_that_nobody_expected(self, finished, monkeypatch, capsys):
+        def fail(*arguments, **options):
+            raise LookupError("lost")
+
+        monkeypatch.setattr("fastnca.generate.load", fail)
+        self.rejected(fastnca_cli("generate", finished[1]), "LookupError: lost; set FASTNCA_TRACEBACK=1 to see where")
+        monkeypatch.setattr("sys.argv", ["fastnca", "info"])
+        monkeypatch.setattr(backends, "choose_backend", fail)
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        assert capsys.readouterr().err == "fastnca: LookupError: lost; set FASTNCA_TRACEBACK=1 to see where\n"
+        monkeypatch.setenv("FASTNCA_TRACEBACK", "1")
+        with pytest.raises(LookupError):
+            main()
+
     def test_compare_missing(self, note, tmp_path):
         self.rejected(fastnca_cli("compare", note, tmp_path / "nothing.wav"), "no such file")
 
@@ -565,6 +613,36 @@ class TestGoingOn:
         assert grow(finished[0], tmp_path, "--epochs", 1).exit_code == 0
         assert grow(finished[0], tmp_path, "--resume", "--epochs", 2).exit_code == 0
         assert [row["epoch"] for row in read_losses(tmp_path)] == ["1", "2"]
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda text: text.replace(",", ";").replace(".", ",").encode("utf-8-sig"),
+            lambda text: text.replace(",", "\t").replace("\r\n", "\n").encode("utf-16"),
+            lambda text: text.replace("\r\n2,", "\r\n\r\n2.0,").encode(),
+            lambda text: "".join(f"{line},note\r\n" for line in text.splitlines()).encode(),
+        ],
+        ids=["semicolons", "tabs-utf16", "blank-lines", "a-column-more"],
+    )
+    def test_losses_that_a_spreadsheet_saved(self, finished, tmp_path, edit):
+        run = tmp_path / "run"
+        shutil.copytree(finished[1], run)
+        before = read_losses(run)
+        (run / "losses.csv").write_bytes(edit((run / "losses.csv").read_bytes().decode()))
+        assert grow(finished[0], run, "--resume", "--epochs", 4).exit_code == 0
+        after = read_losses(run)
+        assert [row["epoch"] for row in after] == ["1", "2", "3", "4"]
+        assert [{name: row[name] for name in before[0]} for row in after[:3]] == before
+
+    @pytest.mark.parametrize("content", [None, b"", b"no table", b"epoch\n", b"loss\n1\n", b"PK\3\4\0\xff"])
+    def test_losses_that_are_none(self, finished, tmp_path, content):
+        run = tmp_path / "run"
+        shutil.copytree(finished[1], run)
+        (run / "losses.csv").unlink() if content is None else (run / "losses.csv").write_bytes(content)
+        assert grow(finished[0], run, "--resume", "--epochs", 4).exit_code == 0
+        assert [row["epoch"] for row in read_losses(run)] == ["4"]
+        if content:
+            assert (run / "losses.unread.csv").read_bytes() == content
 
     def test_force_starts_over(self, finished, tmp_path):
         assert grow(finished[0], tmp_path, "--epochs", 2).exit_code == 0

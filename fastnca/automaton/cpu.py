@@ -13,7 +13,7 @@ except ImportError as error:
     _import_error = error
 
 PRECISIONS = ("fp32", "bf16")
-CELLS_PER_CALL = 2**17  # a fraction of a second: Ctrl-C waits for the end of a call
+CELLS_PER_CALL = 2**20  # a fraction of a second: Ctrl-C waits for the end of a call
 
 
 def why_not(device, dtype, num_channels, precision):
