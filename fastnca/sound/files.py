@@ -196,15 +196,17 @@ def _decode_with_audioread(path, seconds):
     try:
         with audioread.audio_open(path) as file:
             rate, channels = file.samplerate, file.channels
-            _check_rate(path, rate)
-            total = file.duration or 0.0
+            total = (file.duration or 0.0) if rate else 0.0
             missing = math.inf if seconds is None else math.ceil(seconds * rate) * channels * 2  # bytes of 16-bit PCM
             data = bytearray()
             for block in file:
                 data += block
                 if len(data) >= missing:
                     break
-    except (EOFError, audioread.DecodeError):
+    except Exception:  # noqa: BLE001 (it lets through whatever its decoders raise for a damaged file)
+        return None
+    _check_rate(path, rate)
+    if channels < 1:
         return None
     data = data[: len(data) // (2 * channels) * 2 * channels]
     block = np.frombuffer(data, dtype="<i2").reshape(-1, channels).astype(np.float32) / 32768
