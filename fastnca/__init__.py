@@ -1,5 +1,6 @@
 """Neural cellular automata that grow sound, on fused kernels."""
 
+from .caches import lend_cache_folder
 from .model import DualSpecTNCA, decode_db
 from .run import grow
 from .sound_model import load, load_model, save_model
@@ -19,3 +20,5 @@ __all__ = [
     "load_model",
     "save_model",
 ]
+
+lend_cache_folder()

@@ -655,9 +655,12 @@ class TestGoingOn:
         process = start("grow", finished[0], "-o", run, *EPOCHS)
         wait_for_epoch(process, run, 2)
         process.send_signal(signal.SIGSTOP)
-        for options in ((), ("--resume",), ("--force",)):
-            TestBadInput.rejected(grow(finished[0], run, "--epochs", 1, *options), f"{run} is in use by another run")
-        process.send_signal(signal.SIGCONT)
+        try:
+            for options in ((), ("--resume",), ("--force",)):
+                result = grow(finished[0], run, "--epochs", 1, *options)
+                TestBadInput.rejected(result, f"{run} is in use by another run")
+        finally:
+            process.send_signal(signal.SIGCONT)
         output = process.communicate(timeout=120)
         assert process.returncode == 0, output
         assert_same_run(run, uninterrupted)
@@ -683,7 +686,7 @@ class TestGoingOn:
         fastnca.grow(finished[0], tmp_path, resume=True)
         assert kept.value.__traceback__
 
-    @pytest.mark.parametrize("fitting", [0, 1, 2, 3, 4])
+    @pytest.mark.parametrize("fitting", [0, 2])
     def test_a_disk_that_is_full_at_the_start(self, finished, tmp_path, monkeypatch, fitting):
         """So many files fit; then every command finds a folder that it can use."""
         real_fsync, count = os.fsync, iter(range(1000))

@@ -7,13 +7,14 @@ import os
 import shutil
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastnca
+from fastnca import caches, run, sound_model
 from fastnca import growth as events
-from fastnca import run, sound_model
 from fastnca.growth import Checkpoint, CheckpointDue, Done, EpochDone, Growth, PictureDue, TrainingDone
 from fastnca.settings import DEFAULT_MINUTES, RunSettings
 from fastnca.sound.files import load_audio
@@ -222,6 +223,24 @@ class TestFromPython:
         save_file({"x": torch.zeros(1)}, tmp_path / "checkpoint.safetensors", header)
         with pytest.raises(ValueError, match="format fastnca-checkpoint-4, and can no longer be read"):
             fastnca.grow(note, tmp_path, resume=True)
+
+
+def test_libraries_get_a_folder_for_what_they_compile_where_there_is_none(tmp_path, monkeypatch):
+    names = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and back to what it was after the test
+    (tmp_path / "file").touch()  # in which there can be no folder, not even for root
+    monkeypatch.setattr(caches, "find_spec", lambda name: SimpleNamespace(origin=tmp_path / "file/librosa/__init__.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    caches.lend_cache_folder()
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setenv("MPLCONFIGDIR", "mine")
+    caches.lend_cache_folder()
+    assert os.path.isdir(os.environ["NUMBA_CACHE_DIR"]) and os.environ["MPLCONFIGDIR"] == "mine"
+    assert os.environ["TRITON_CACHE_DIR"] == os.environ["NUMBA_CACHE_DIR"]
 
 
 @pytest.mark.parametrize(
