@@ -115,7 +115,7 @@ class _Terminal:
         self.line = ""
 
     def print(self, text):
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def __call__(self, event):
         from .growth import Done, EpochDone, PictureDue, Setback, TrainingDone

@@ -187,7 +187,7 @@ def load_model(path, backend="auto", precision="fp32"):
         model.load_state_dict(tensors)
         card = None if metadata["sound"] is None else SoundCard.from_dict(metadata["sound"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(
             f"{path} is damaged or of another fastnca: its configuration and its weights do not fit ({reason})"
         ) from error

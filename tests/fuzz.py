@@ -49,7 +49,7 @@ def main(count):
         word = st.one_of(st.binary(max_size=8), st.sampled_from([bytes(4), b"\xff" * 4, b"\xff\xff\xff\x7f"]))
         edits = st.lists(st.tuples(place, word, st.booleans()), min_size=1, max_size=4)
 
-        @settings(max_examples=count // len(files), deadline=None, database=None, suppress_health_check=HealthCheck)
+        @settings(max_examples=-(-count // len(files)), deadline=None, database=None, suppress_health_check=HealthCheck)
         @given(edits=edits, cut=st.one_of(st.none(), place))
         def damage(path, edits, cut):
             content, read = files[path]

@@ -307,7 +307,8 @@ def test_any_name_in_any_locale(note, tmp_path, name):
     process = start("grow", path, "-o", path + " run", "--epochs", 1, "--vocoder", "griffinlim", LC_ALL="C")
     output = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert name.isascii() is (name.encode("utf-8", "surrogateescape") + b": 0.1 s" in output[1].replace(b"\n", b""))
+    shown = name.encode() if name.isascii() else b"caf\\udce9 "
+    assert shown in output[1], output
 
 
 class TestBadInput:
