@@ -171,14 +171,19 @@ def load_model(path, backend="auto", precision="fp32"):
     """
     check_names(backend, precision)
     tensors, version, metadata = read_safetensors(path, "model")
+    if version < 2:
+        raise ValueError(f"{path} has version {version}, which no fastnca has written; grow the sound again")
     if version > MODEL_VERSION:
         raise ValueError(
-            f"{path} was written by a newer fastnca: it has version {version}, and this one reads models up to "
-            f"{MODEL_VERSION}; update fastnca"
+            f"{path} was written by a newer fastnca: it has version {version}, and this fastnca reads models up to "
+            f"{MODEL_VERSION}: update it"
         )
     try:
         config = dict(metadata["config"])
-        unknown = set(config) - set(DualSpecTNCA().config)
+        known = set(DualSpecTNCA().config)
+        unknown, missing = set(config) - known, known - set(config)
+        if missing and version == MODEL_VERSION:  # it would grow, but something else
+            raise ValueError(f"its configuration has no {', '.join(sorted(missing))}")
         if unknown:
             raise ValueError(f"its configuration has unknown, perhaps newer, {', '.join(sorted(unknown))}")
         if config.get("context"):

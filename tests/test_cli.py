@@ -476,6 +476,11 @@ class TestBadInput:
         metadata["config"]["depth"] = 2
         write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
         self.rejected(fastnca_cli("generate", tmp_path), "configuration has unknown, perhaps newer, depth")
+        del metadata["config"]["depth"], metadata["config"]["growth"]
+        write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
+        self.rejected(fastnca_cli("generate", tmp_path), "configuration has no growth")
+        write_safetensors(tmp_path / "model.safetensors", tensors, "model", 1, metadata)
+        self.rejected(fastnca_cli("generate", tmp_path), "has version 1, which no fastnca has written")
 
     @pytest.mark.parametrize("missing", ["settings", "fingerprint", "trainer", "guard", "recipe"])
     def test_resume_from_a_checkpoint_with_a_field_missing(self, finished, tmp_path, missing):
