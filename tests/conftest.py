@@ -67,3 +67,16 @@ def target():
         grid[bands // 2, 4:] = -30.0
         grids.append(grid)
     return DualSpectrogram(*grids, Scale(0.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of three epochs, made once: (the note, the run's folder)."""
+    from commands import grow
+
+    folder = tmp_path_factory.mktemp("finished")
+    t = np.arange(2048) / SAMPLE_RATE
+    write_wav(folder / "note.wav", 0.5 * np.sin(2 * np.pi * 441 * t))
+    result = grow(folder / "note.wav", folder / "run", "--epochs", 3)
+    assert result.exit_code == 0, result.stderr
+    return folder / "note.wav", folder / "run"

@@ -1,26 +1,20 @@
-"""Whole runs by the command line: their files, bad input, ending early and going on."""
+"""Whole runs by the command line: their files, bad input and output names."""
 
-import csv
 import json
-import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from commands import assert_rejected, assert_same_run, fastnca_cli, grow, read_losses, start
 from PIL import Image
-from typer.testing import CliRunner
 
 import fastnca
 from fastnca.automaton import backends
-from fastnca.cli import app, main
+from fastnca.cli import main
 from fastnca.context import Places
 from fastnca.files import check_replaceable, read_safetensors, write_safetensors
 from fastnca.generate import erase
@@ -29,39 +23,7 @@ from fastnca.sound.convention import SAMPLE_RATE, MelBands
 from fastnca.sound.files import load_audio, write_wav
 from fastnca.sound.spectrogram import analyze, mel_centers
 from fastnca.sound.synthetic import synthesize_bowed_string
-from fastnca.training.losses import RecipeLoss
 from fastnca.training.recipes import RECIPES, Recipe
-from fastnca.training.trainer import Trainer
-
-
-def fastnca_cli(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def grow(note, out, *options):
-    return fastnca_cli("grow", note, "-o", out, "--vocoder", "griffinlim", *options)
-
-
-def read_losses(out):
-    with open(out / "losses.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
-def assert_same_run(one, other):
-    for name in ("model.safetensors", "generated.wav"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert read_losses(one) == read_losses(other)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of three epochs, made once: (the note, the run's folder)."""
-    folder = tmp_path_factory.mktemp("finished")
-    t = np.arange(2048) / SAMPLE_RATE
-    write_wav(folder / "note.wav", 0.5 * np.sin(2 * np.pi * 441 * t))
-    result = grow(folder / "note.wav", folder / "run", "--epochs", 3)
-    assert result.exit_code == 0, result.stderr
-    return folder / "note.wav", folder / "run"
 
 
 class TestGrow:
@@ -314,13 +276,6 @@ def test_any_name_in_any_locale(note, tmp_path, name):
 class TestBadInput:
     """Each ends in one line on stderr and exit code 2 and writes nothing."""
 
-    @staticmethod
-    def rejected(result, words):
-        assert result.exit_code == 2, result.output
-        lines = [line for line in result.stderr.splitlines() if "using the first" not in line]
-        assert lines[-1].startswith("fastnca: ") and words in lines[-1], result.stderr
-        assert "Traceback" not in result.stderr
-
     @pytest.mark.parametrize(
         ("samples", "words"),
         [
@@ -340,7 +295,7 @@ class TestBadInput:
             path.write_bytes(samples)
         elif samples is not None:
             soundfile.write(path, samples, 22050, subtype="FLOAT")
-        self.rejected(grow(path, tmp_path / "run", "--epochs", 1), words)
+        assert_rejected(grow(path, tmp_path / "run", "--epochs", 1), words)
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
@@ -361,7 +316,7 @@ class TestBadInput:
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
     def test_options(self, note, tmp_path, options, words):
-        self.rejected(fastnca_cli("grow", note, "-o", tmp_path / "run", *options), words)
+        assert_rejected(fastnca_cli("grow", note, "-o", tmp_path / "run", *options), words)
         assert not (tmp_path / "run").exists()
 
     def test_bigvgan_that_does_not_fit(self, note, tmp_path):
@@ -369,19 +324,19 @@ class TestBadInput:
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "bigvgan_generator.pt").write_bytes(b"")
         result = fastnca_cli("grow", note, "-o", tmp_path / "run", "--vocoder", "bigvgan", "--bigvgan", tmp_path)
-        self.rejected(result, "expected num_mels 80, found 100; sampling_rate 22050, found 24000")
+        assert_rejected(result, "expected num_mels 80, found 100; sampling_rate 22050, found 24000")
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize("out", ["file", "file/run", "/proc/fastnca"])
     def test_unwritable_folder(self, note, tmp_path, out):
         (tmp_path / "file").write_text("mine")
-        self.rejected(grow(note, tmp_path / out, "--epochs", 1), "folder")
+        assert_rejected(grow(note, tmp_path / out, "--epochs", 1), "folder")
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_folder_that_holds_a_run(self, finished):
         note, run = finished
         before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-        self.rejected(grow(note, run, "--epochs", 1), "already holds a run")
+        assert_rejected(grow(note, run, "--epochs", 1), "already holds a run")
         assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
     @pytest.mark.parametrize("options", [(), ("--force",), ("--resume",)], ids=["plain", "force", "resume"])
@@ -390,13 +345,13 @@ class TestBadInput:
         (tmp_path / "progress" / "thesis.txt").write_text("mine")
         (tmp_path / "target.wav").write_text("mine")
         words = "nothing to resume" if "--resume" in options else "holds target.wav, progress but no run"
-        self.rejected(grow(note, tmp_path, "--epochs", 1, *options), words)
+        assert_rejected(grow(note, tmp_path, "--epochs", 1, *options), words)
         assert (tmp_path / "progress" / "thesis.txt").exists() and (tmp_path / "target.wav").read_text() == "mine"
 
     def test_resume_by_another_recipe_of_the_same_name(self, finished, monkeypatch):
         note, run = finished
         monkeypatch.setitem(RECIPES, "default", replace(RECIPES["default"], linear_weight=9.0))
-        self.rejected(
+        assert_rejected(
             grow(note, run, "--resume", "--recipe", "default"), "recipe 'default', which cannot become another"
         )
 
@@ -404,22 +359,22 @@ class TestBadInput:
         note, run = finished
         other = tmp_path / "other.wav"
         write_wav(other, np.sin(np.arange(2048.0)))
-        self.rejected(grow(other, run, "--resume"), "was started on another sound")
-        self.rejected(grow(note, run, "--resume", "--recipe", "notebook"), "started with recipe 'default'")
-        self.rejected(grow(note, run, "--resume", "--seed", "4"), "started with seed 0")
+        assert_rejected(grow(other, run, "--resume"), "was started on another sound")
+        assert_rejected(grow(note, run, "--resume", "--recipe", "notebook"), "started with recipe 'default'")
+        assert_rejected(grow(note, run, "--resume", "--seed", "4"), "started with seed 0")
 
     @pytest.mark.parametrize("content", [b"", b"garbage", None])
     def test_resume_from_a_damaged_checkpoint(self, finished, tmp_path, content):
         note, run = finished
         whole = (run / "checkpoint.safetensors").read_bytes()
         (tmp_path / "checkpoint.safetensors").write_bytes(whole[:-100] if content is None else content)
-        self.rejected(grow(note, tmp_path, "--resume"), "damaged or not a safetensors file")
+        assert_rejected(grow(note, tmp_path, "--resume"), "damaged or not a safetensors file")
 
     def test_resume_from_a_checkpoint_of_another_version(self, finished, tmp_path):
         note, run = finished
         tensors, version, metadata = read_safetensors(run / "checkpoint.safetensors", "checkpoint")
         write_safetensors(tmp_path / "checkpoint.safetensors", tensors, "checkpoint", version - 1, metadata)
-        self.rejected(grow(note, tmp_path, "--resume"), f"has version {version - 1}, and this fastnca goes on with")
+        assert_rejected(grow(note, tmp_path, "--resume"), f"has version {version - 1}, and this fastnca goes on with")
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -437,20 +392,20 @@ class TestBadInput:
         ],
     )
     def test_generate_options(self, finished, options, words):
-        self.rejected(fastnca_cli("generate", finished[1], *options), words)
+        assert_rejected(fastnca_cli("generate", finished[1], *options), words)
 
     def test_sustaining_without_time_coordinates(self, finished, tmp_path):
         _, card = fastnca.load_model(finished[1] / "model.safetensors")
         fastnca.save_model(tmp_path / "model.safetensors", fastnca.DualSpecTNCA(), replace(card, recipe="notebook"))
         result = fastnca_cli("generate", tmp_path, "--time", "sustain")
-        self.rejected(result, "the model's recipe, notebook, has no time coordinates")
+        assert_rejected(result, "the model's recipe, notebook, has no time coordinates")
         assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
     def test_generate_without_a_run(self, tmp_path):
-        self.rejected(fastnca_cli("generate", tmp_path / "nothing"), "no such file or folder")
-        self.rejected(fastnca_cli("generate", tmp_path), "no model.safetensors in")
+        assert_rejected(fastnca_cli("generate", tmp_path / "nothing"), "no such file or folder")
+        assert_rejected(fastnca_cli("generate", tmp_path), "no model.safetensors in")
         torch.save({}, tmp_path / "model.safetensors")
-        self.rejected(fastnca_cli("generate", tmp_path), "damaged or not a safetensors file")
+        assert_rejected(fastnca_cli("generate", tmp_path), "damaged or not a safetensors file")
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -467,20 +422,20 @@ class TestBadInput:
         tensors, version, metadata = read_safetensors(finished[1] / "model.safetensors", "model")
         change(metadata["sound"])
         write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
-        self.rejected(fastnca_cli("generate", tmp_path), words)
+        assert_rejected(fastnca_cli("generate", tmp_path), words)
 
     def test_generate_from_a_newer_model(self, finished, tmp_path):
         tensors, version, metadata = read_safetensors(finished[1] / "model.safetensors", "model")
         write_safetensors(tmp_path / "model.safetensors", tensors, "model", version + 1, metadata)
-        self.rejected(fastnca_cli("generate", tmp_path), "was written by a newer fastnca")
+        assert_rejected(fastnca_cli("generate", tmp_path), "was written by a newer fastnca")
         metadata["config"]["depth"] = 2
         write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
-        self.rejected(fastnca_cli("generate", tmp_path), "configuration has unknown, perhaps newer, depth")
+        assert_rejected(fastnca_cli("generate", tmp_path), "configuration has unknown, perhaps newer, depth")
         del metadata["config"]["depth"], metadata["config"]["growth"]
         write_safetensors(tmp_path / "model.safetensors", tensors, "model", version, metadata)
-        self.rejected(fastnca_cli("generate", tmp_path), "configuration has no growth")
+        assert_rejected(fastnca_cli("generate", tmp_path), "configuration has no growth")
         write_safetensors(tmp_path / "model.safetensors", tensors, "model", 1, metadata)
-        self.rejected(fastnca_cli("generate", tmp_path), "has version 1, which no fastnca has written")
+        assert_rejected(fastnca_cli("generate", tmp_path), "has version 1, which no fastnca has written")
 
     @pytest.mark.parametrize("missing", ["settings", "fingerprint", "trainer", "guard", "recipe"])
     def test_resume_from_a_checkpoint_with_a_field_missing(self, finished, tmp_path, missing):
@@ -488,14 +443,14 @@ class TestBadInput:
         for fields in (metadata, metadata.get("trainer", {}), metadata.get("settings", {})):
             fields.pop(missing, None)
         write_safetensors(tmp_path / "checkpoint.safetensors", tensors, "checkpoint", version, metadata)
-        self.rejected(grow(finished[0], tmp_path, "--resume"), f"it has no '{missing}'; start over with --force")
+        assert_rejected(grow(finished[0], tmp_path, "--resume"), f"it has no '{missing}'; start over with --force")
 
     def test_errors_that_nobody_expected(self, finished, monkeypatch, capsys):
         def fail(*arguments, **options):
             raise LookupError("lost")
 
         monkeypatch.setattr("fastnca.generate.load", fail)
-        self.rejected(fastnca_cli("generate", finished[1]), "LookupError: lost; set FASTNCA_TRACEBACK=1 to see where")
+        assert_rejected(fastnca_cli("generate", finished[1]), "LookupError: lost; set FASTNCA_TRACEBACK=1 to see where")
         monkeypatch.setattr("sys.argv", ["fastnca", "info"])
         monkeypatch.setattr(backends, "choose_backend", fail)
         with pytest.raises(SystemExit, match="1"):
@@ -506,7 +461,7 @@ class TestBadInput:
             main()
 
     def test_compare_missing(self, note, tmp_path):
-        self.rejected(fastnca_cli("compare", note, tmp_path / "nothing.wav"), "no such file")
+        assert_rejected(fastnca_cli("compare", note, tmp_path / "nothing.wav"), "no such file")
 
 
 class TestOutputNames:
@@ -515,7 +470,7 @@ class TestOutputNames:
     @staticmethod
     def refused(finished, out, words, *options):
         before = sorted(out.parent.iterdir())
-        TestBadInput.rejected(fastnca_cli("generate", finished[1], "-o", out, *options), words)
+        assert_rejected(fastnca_cli("generate", finished[1], "-o", out, *options), words)
         assert sorted(out.parent.iterdir()) == before
 
     @pytest.mark.parametrize("suffix", [".mp3", ".png", ".gif", ".flac"])
@@ -559,221 +514,3 @@ class TestOutputNames:
         assert result.exit_code == 0, result.stderr
         assert {path.suffix for path in tmp_path.iterdir()} == {".wav", ".png"}
         self.refused(finished, out, "File name too long", "--hear-growth")
-
-
-def start(*arguments, **surroundings):
-    command = [sys.executable, "-m", "fastnca.cli", *map(str, arguments)]
-    surroundings = {**os.environ, "CI": "true", **surroundings}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings)
-
-
-def saved_epoch(out):
-    return read_safetensors(out / "checkpoint.safetensors", "checkpoint")[2]["trainer"]["epoch"]
-
-
-def wait_for_epoch(process, out, epoch):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "checkpoint.safetensors").exists() and saved_epoch(out) >= epoch:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"epoch {epoch} was not reached: {process.communicate()}")
-
-
-EPOCHS = ("--epochs", 12, "--vocoder", "griffinlim", "--checkpoint-every-epochs", 2)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(finished, tmp_path_factory):
-    run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert fastnca_cli("grow", finished[0], "-o", run, *EPOCHS).exit_code == 0
-    return run
-
-
-class TestGoingOn:
-    def test_after_kill(self, finished, uninterrupted, tmp_path):
-        process = start("grow", finished[0], "-o", tmp_path, *EPOCHS)
-        wait_for_epoch(process, tmp_path, 2)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (tmp_path / "metrics.json").exists()
-        fastnca.load_model(tmp_path / "model.safetensors")
-        result = fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume")
-        assert result.exit_code == 0, result.stderr
-        assert_same_run(tmp_path, uninterrupted)
-
-    def test_after_ctrl_c(self, finished, uninterrupted, tmp_path):
-        process = start("grow", finished[0], "-o", tmp_path, *EPOCHS)
-        wait_for_epoch(process, tmp_path, 2)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=120)
-        assert process.returncode == 130, output
-        stopped = json.loads((tmp_path / "metrics.json").read_text())["epochs"]
-        assert 2 <= stopped < 12
-        assert fastnca_cli("generate", tmp_path, "-o", tmp_path / "usable.wav").exit_code == 0
-        result = fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume")
-        assert result.exit_code == 0, result.stderr
-        assert_same_run(tmp_path, uninterrupted)
-
-    def test_more_epochs(self, finished, tmp_path):
-        assert grow(finished[0], tmp_path, "--epochs", 1).exit_code == 0
-        assert grow(finished[0], tmp_path, "--resume", "--epochs", 2).exit_code == 0
-        assert [row["epoch"] for row in read_losses(tmp_path)] == ["1", "2"]
-
-    @pytest.mark.parametrize(
-        "edit",
-        [
-            lambda text: text.replace(",", ";").replace(".", ",").encode("utf-8-sig"),
-            lambda text: text.replace(",", "\t").replace("\r\n", "\n").encode("utf-16"),
-            lambda text: text.replace("\r\n2,", "\r\n\r\n2.0,").encode(),
-            lambda text: "".join(f"{line},note\r\n" for line in text.splitlines()).encode(),
-        ],
-        ids=["semicolons", "tabs-utf16", "blank-lines", "a-column-more"],
-    )
-    def test_losses_that_a_spreadsheet_saved(self, finished, tmp_path, edit):
-        run = tmp_path / "run"
-        shutil.copytree(finished[1], run)
-        before = read_losses(run)
-        (run / "losses.csv").write_bytes(edit((run / "losses.csv").read_bytes().decode()))
-        assert grow(finished[0], run, "--resume", "--epochs", 4).exit_code == 0
-        after = read_losses(run)
-        assert [row["epoch"] for row in after] == ["1", "2", "3", "4"]
-        assert [{name: row[name] for name in before[0]} for row in after[:3]] == before
-
-    @pytest.mark.parametrize("content", [None, b"", b"no table", b"epoch\n", b"loss\n1\n", b"PK\3\4\0\xff"])
-    def test_losses_that_are_none(self, finished, tmp_path, content):
-        run = tmp_path / "run"
-        shutil.copytree(finished[1], run)
-        (run / "losses.csv").unlink() if content is None else (run / "losses.csv").write_bytes(content)
-        assert grow(finished[0], run, "--resume", "--epochs", 4).exit_code == 0
-        assert [row["epoch"] for row in read_losses(run)] == ["4"]
-        if content:
-            assert (run / "losses.unread.csv").read_bytes() == content
-
-    def test_force_starts_over(self, finished, tmp_path):
-        assert grow(finished[0], tmp_path, "--epochs", 2).exit_code == 0
-        (tmp_path / "notes.txt").write_text("mine")
-        assert grow(finished[0], tmp_path, "--epochs", 1, "--force").exit_code == 0
-        assert len(read_losses(tmp_path)) == 1 and (tmp_path / "notes.txt").read_text() == "mine"
-
-    def test_a_folder_has_one_owner(self, finished, uninterrupted, tmp_path):
-        run = tmp_path / "run"
-        process = start("grow", finished[0], "-o", run, *EPOCHS)
-        wait_for_epoch(process, run, 2)
-        process.send_signal(signal.SIGSTOP)
-        try:
-            for options in ((), ("--resume",), ("--force",)):
-                result = grow(finished[0], run, "--epochs", 1, *options)
-                TestBadInput.rejected(result, f"{run} is in use by another run")
-        finally:
-            process.send_signal(signal.SIGCONT)
-        output = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        assert_same_run(run, uninterrupted)
-
-    def test_two_that_start_at_once(self, finished, uninterrupted, tmp_path):
-        runs = [start("grow", finished[0], "-o", tmp_path / "run", *EPOCHS) for _ in range(2)]
-        told = [run.communicate(timeout=120)[1].decode() for run in runs]
-        assert sorted(run.returncode for run in runs) == [0, 2], told
-        assert sum("is in use" in text or "already holds a run" in text for text in told) == 1
-        assert_same_run(tmp_path / "run", uninterrupted)
-
-    def test_who_fails_lets_go(self, finished, tmp_path):
-        """In one process, where a listener's error is kept."""
-
-        def fail(event):
-            raise LookupError
-
-        options = {"vocoder": "griffinlim", "epochs": 1}
-        with pytest.raises(LookupError) as kept:
-            fastnca.grow(finished[0], tmp_path, on_event=fail, **options)
-        with pytest.raises(FileExistsError, match="already holds a run"):
-            fastnca.grow(finished[0], tmp_path, **options)
-        fastnca.grow(finished[0], tmp_path, resume=True)
-        assert kept.value.__traceback__
-
-    @pytest.mark.parametrize("fitting", [0, 2])
-    def test_a_disk_that_is_full_at_the_start(self, finished, tmp_path, monkeypatch, fitting):
-        """So many files fit; then every command finds a folder that it can use."""
-        real_fsync, count = os.fsync, iter(range(1000))
-
-        def fill(descriptor):
-            if next(count) >= fitting:
-                raise OSError(28, "No space left on device")
-            real_fsync(descriptor)
-
-        for options, words in (((), ""), (("--resume",), "nothing to resume"), (("--force",), "")):
-            count = iter(range(1000))
-            with monkeypatch.context() as full:
-                full.setattr("fastnca.files.os.fsync", fill)
-                result = grow(finished[0], tmp_path / "run", "--epochs", 1)
-            assert result.exit_code in (1, 2) and "No space left on device" in result.stderr
-            result = grow(finished[0], tmp_path / "run", "--epochs", 1, *options)
-            assert words in result.stderr if words else result.exit_code == 0, result.stderr
-            shutil.rmtree(tmp_path / "run")
-
-    def test_a_full_disk_leaves_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch):
-        real_fsync = os.fsync
-
-        def fill_after_epoch_four(descriptor):
-            if (tmp_path / "losses.csv").exists() and len(read_losses(tmp_path)) >= 4:
-                raise OSError(28, "No space left on device")
-            real_fsync(descriptor)
-
-        monkeypatch.setattr("fastnca.files.os.fsync", fill_after_epoch_four)
-        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *EPOCHS)
-        assert result.exit_code == 1 and "No space left on device" in result.stderr
-        assert saved_epoch(tmp_path) == 2
-        monkeypatch.undo()
-        assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
-        assert_same_run(tmp_path, uninterrupted)
-
-    def test_a_setback_is_told_and_outlives_a_kill(self, finished, tmp_path, spoil_loss):
-        spoil_loss(lambda epoch, setbacks: math.nan if epoch == 2 and not setbacks else 1.0)
-        result = grow(finished[0], tmp_path / "whole", "--epochs", 6)
-        assert result.exit_code == 0 and "epoch 3: diverged; back to the lowest loss" in result.stderr
-        assert grow(finished[0], tmp_path / "parts", "--epochs", 3).exit_code == 0
-        assert grow(finished[0], tmp_path / "parts", "--resume", "--epochs", 6).exit_code == 0
-        for name in ("whole", "parts"):
-            assert json.loads((tmp_path / name / "metrics.json").read_text())["setbacks"] == 1
-        rates = [float(row["learning_rate"]) for row in read_losses(tmp_path / "whole")]
-        assert rates[2] < 0.55 * rates[1]
-
-    def test_training_that_diverges_for_good_leaves_its_best(self, finished, tmp_path, spoil_loss):
-        spoil_loss(lambda epoch, setbacks: 10.0**epoch)
-        result = grow(finished[0], tmp_path, "--epochs", 12)
-        assert result.exit_code == 1 and "in epoch 12, as 10 times before; try another seed" in result.stderr
-        assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 11
-        assert fastnca_cli("generate", tmp_path, "-o", tmp_path / "usable.wav").exit_code == 0
-
-    def test_nan_keeps_the_last_checkpoint(self, finished, uninterrupted, tmp_path, monkeypatch, spoil_loss):
-        spoil_loss(lambda epoch, setbacks: math.nan if epoch == 5 else 1.0)
-        result = fastnca_cli("grow", finished[0], "-o", tmp_path, *EPOCHS)
-        assert result.exit_code == 1
-        assert "the loss became nan" in result.stderr and "epoch 6" in result.stderr
-        monkeypatch.undo()
-        assert fastnca_cli("grow", finished[0], "-o", tmp_path, "--resume").exit_code == 0
-        assert_same_run(tmp_path, uninterrupted)
-
-
-@pytest.fixture
-def spoil_loss(monkeypatch):
-    """Multiplies every loss by ``factor(epochs done, setbacks)``."""
-
-    def spoil(factor):
-        real_epoch = Trainer.train_epoch
-        trainers = []
-
-        def train_epoch(trainer):
-            trainers[:] = [trainer]
-            return real_epoch(trainer)
-
-        def forward(loss, *arguments):
-            total, terms = real_forward(loss, *arguments)
-            return total * factor(trainers[0].epoch, trainers[0].setbacks), terms
-
-        real_forward = RecipeLoss.forward
-        monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
-        monkeypatch.setattr(RecipeLoss, "forward", forward)
-
-    return spoil
