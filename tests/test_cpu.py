@@ -2,6 +2,7 @@
 
 import _thread
 import multiprocessing
+import signal
 import threading
 import time
 
@@ -61,12 +62,16 @@ def test_long_rollouts_in_several_calls_do_not_change_a_bit(monkeypatch, growth)
 
 
 def test_ctrl_c_ends_a_long_rollout():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     inputs = make_inputs(requires_grad=False, height=80, width=100)
     timer = threading.Timer(0.2, _thread.interrupt_main)
     start = time.monotonic()
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        ops.rollout(*inputs, 100_000)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ops.rollout(*inputs, 100_000)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 5
 
 
