@@ -262,15 +262,14 @@ def test_info():
     assert "torch" in result.stdout and "reference: can run" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["Song [dQw4w9WgXcQ].wav", "caf\udce9 🎻.wav", "two  spaces :smile:.wav"])
-def test_any_name_in_any_locale(note, tmp_path, name):
-    path = os.path.join(tmp_path, name)
+def test_any_name_in_any_locale(note, tmp_path):
+    path = os.path.join(tmp_path, "Song [dQw4w9WgXcQ] caf\udce9 🎻 two  spaces :smile:.wav")
     shutil.copy(note, path)
     process = start("grow", path, "-o", path + " run", "--epochs", 1, "--vocoder", "griffinlim", LC_ALL="C")
     output = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    shown = name.encode() if name.isascii() else b"caf\\udce9 "
-    assert shown in output[1], output
+    before, after = output[1].split("🎻".encode())[:2]
+    assert before.endswith(b"Song [dQw4w9WgXcQ] caf\\udce9 ") and after.startswith(b" two  spaces :smile:.wav"), output
 
 
 class TestBadInput:
