@@ -390,6 +390,46 @@ def _life_report(life):
 
 
 @app.command()
+def studio(
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[AUDIO|DIR]", help="A recording to begin with, a finished run, or a studio's folder."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder that keeps everything.")] = Path(
+        "fastnca-studio"
+    ),
+    port: Annotated[int | None, typer.Option(help="Listen at this port; by default 8765, or any that is free.")] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page in a browser.")] = False,
+    host: Annotated[
+        str,
+        typer.Option(help="Listen at this address of the machine, so that others can come in: those with the token."),
+    ] = "127.0.0.1",
+    minutes: Annotated[float, typer.Option(help="Learn a new sound for this many minutes.")] = 10.0,
+    duration: Annotated[float, typer.Option(help="Use this many seconds of a recording.")] = 3.0,
+    vocoder: Vocoder = None,
+    backend: Backend = "auto",
+):
+    """Open a page in the browser on which a sound lives: hear it grow while it learns, wound it and hear it heal."""
+    with _one_line_errors(2):
+        try:
+            from .studio.server import open_studio
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"the studio needs {error.name}: pip install 'fastnca[studio]'") from error
+        open_studio(
+            path,
+            out,
+            host=host,
+            port=port,
+            open_browser=not no_browser,
+            say=typer.echo,
+            minutes=minutes,
+            duration=duration,
+            vocoder=vocoder,
+            backend=backend,
+        )
+
+
+@app.command()
 def compare(
     reference: Annotated[Path, typer.Argument(metavar="REF.wav", help="The recording to compare with.")],
     generated: Annotated[Path, typer.Argument(metavar="GEN.wav", help="The sound to judge.")],

@@ -108,7 +108,7 @@ class Growth:
     """One sound being learned.
 
     Making one checks everything that can be checked; :meth:`events` does the work. While one thread takes the events,
-    others may call :meth:`pause`, :meth:`go_on`, :meth:`stop` and :meth:`grown`.
+    others may call :meth:`pause`, :meth:`go_on`, :meth:`stop`, :meth:`extend`, :meth:`model` and :meth:`grown`.
 
     Args:
         source: the path of a recording, or samples [n] at 22.05 kHz.
@@ -184,6 +184,12 @@ class Growth:
         """End training after the present epoch; the sound that has grown by then is decoded."""
         self._stopped.set()
         self._running.set()
+
+    def extend(self, minutes):
+        """Train for so many minutes more than was planned."""
+        planned = self.trainer.seconds / 60 if self.settings.minutes is None else self.settings.minutes
+        self.settings = replace(self.settings, epochs=None, minutes=planned + minutes)
+        self.trainer.budget = self.settings.budget
 
     @property
     def stopped(self):
