@@ -289,6 +289,7 @@ def bind(host, port):
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, wanted))
+            listening.listen(64)  # who comes before the server is up waits
             return listening
         except OSError as error:
             listening.close()

@@ -36,6 +36,7 @@ TAKES = "takes"
 TAKE_VERSION = 1
 NAME_LENGTH = 60
 CURVE_POINTS = 400
+CHECKPOINT_EPOCHS = 50  # between two checkpoints: some seconds
 SOUNDS_KEPT = 12  # decoded, to play again
 RULE_SECONDS = 1.0  # between two new rules for what lives, while it learns
 WATCHED_SECONDS = 3.0  # after the page last asked: without anybody looking nothing lives on
@@ -182,8 +183,10 @@ class Studio:
                 found.append({"name": folder.name})
         return found
 
-    def add_upload(self, name, write):
-        """A new sound of a file that somebody gave: ``write`` is called with the path to put it at.
+    def add_upload(self, name, write, **settings):
+        """A new sound of a file that somebody gave: ``write`` puts it at the path it is called with.
+
+        ``settings``: of the run, by name.
 
         Raises ValueError for what is neither a recording nor a model; nothing is left of it then.
         """
@@ -204,7 +207,7 @@ class Studio:
             with self._opening:
                 folder = self._free_folder(stem)
                 os.rename(upload, folder)
-            self.open(folder.name)
+            self.open(folder.name, **settings)
         except BaseException:
             shutil.rmtree(upload, ignore_errors=True)
             raise
@@ -216,7 +219,7 @@ class Studio:
         def write(path):
             soundfile.write(path, synthesize_bowed_string(duration=1.0), SAMPLE_RATE, subtype="FLOAT")
 
-        self.add_upload("bowed string.wav", write)
+        self.add_upload("bowed string.wav", write, pitch="440hz")
 
     def add_run(self, run):
         """A copy of a finished run from elsewhere: its model, and its recording as it was learned."""
@@ -258,8 +261,9 @@ class Studio:
             raise ValueError(f"there is no sound {name!r} in this studio")
         return self.path / name
 
-    def open(self, name):
-        """Open a sound of the folder; one that has not learned all that it should goes on.
+    def open(self, name, **settings):
+        """Open a sound of the folder; one that has not learned all that it should goes on, and one that has not begun
+        begins by these ``settings``.
 
         Raises ValueError or OSError where it cannot be opened; what is open then stays.
         """
@@ -277,7 +281,10 @@ class Studio:
                     goes_on, spent = False, 1.0
             if recording and (spent < 1 if goes_on else not checkpoint.exists()):
                 self._leave()
-                self._learn(folder, recording, resume=goes_on, minutes=None if goes_on else self.minutes)
+                if not goes_on:
+                    chosen = {"duration": self.duration, "backend": self.backend, "vocoder": self.vocoder}
+                    settings = {**chosen, "minutes": self.minutes, **settings}
+                self._learn(folder, recording, goes_on, **settings)
             else:
                 model = load(folder, backend=self.backend, vocoder=self.vocoder)
                 target = None
@@ -288,11 +295,8 @@ class Studio:
                 self.note = f"learned for {model.card.epochs} epochs"
             self._target_samples = None
 
-    def _learn(self, folder, recording, resume, minutes=None, epochs=None):
-        given = {} if resume else {"duration": self.duration, "backend": self.backend, "vocoder": self.vocoder}
-        growth, run = prepare(
-            recording, folder, resume=resume, checkpoint_every_epochs=50, minutes=minutes, epochs=epochs, **given
-        )
+    def _learn(self, folder, recording, resume, **settings):
+        growth, run = prepare(recording, folder, resume=resume, checkpoint_every_epochs=CHECKPOINT_EPOCHS, **settings)
         stage = Stage(growth.model(), growth.target)
         self._show(folder.name, stage, Learning(growth, run))
         self.note = str(growth.source).replace(recording.name, folder.name, 1)
