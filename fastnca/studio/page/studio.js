@@ -40,26 +40,40 @@ async function request(path, { body, json, timeout } = {}) {
   if (json) headers["Content-Type"] = "application/json";
   const options = { headers, cache: "no-store", method: body || json ? "POST" : "GET", body: json ? JSON.stringify(json) : body };
   if (timeout) options.signal = AbortSignal.timeout(timeout);
-  const response = await fetch(path, options).catch((cause) => { throw new Gone(cause.message); });
-  if (!response.ok) throw new Refused(await reason(response));
-  return response;
+  const answer = await wholeAnswer(path, options).catch((cause) => { throw new Gone(cause.message); });
+  if (!answer.ok) throw new Refused(reason(answer));
+  return answer;
 }
 
-async function reason(response) {
-  const answer = await response.json().catch(() => ({}));
-  return answer.error || `The server answered ${response.status} ${response.statusText}.`;
+async function wholeAnswer(path, options) {
+  const response = await fetch(path, options);
+  return { ok: response.ok, status: response.status, headers: response.headers, buffer: await response.arrayBuffer() };
+}
+
+const textOf = ({ buffer }) => new TextDecoder().decode(buffer);
+const jsonOf = (answer) => JSON.parse(textOf(answer));
+
+function reason(answer) {
+  try {
+    return jsonOf(answer).error;
+  } catch {
+    return `The server refused this (${answer.status}).`;
+  }
 }
 
 async function refresh() {
   const number = ++requests;
-  const response = await request("api/state", { timeout: 10000 });
-  accept(await response.json(), number);
+  accept(jsonOf(await request("api/state", { timeout: 10000 })), number);
 }
 
-async function post(path, json = {}) {
+const post = (path, json = {}) => postAny(`api/${path}`, { json });
+
+// A poll that was sent later may have been answered earlier: then the answer's order is not known, and a new one is.
+async function postAny(path, options) {
   const number = ++requests;
-  const response = await request(`api/${path}`, { json });
-  accept(await response.json(), number);
+  const answer = await request(path, options);
+  if (number < newestState) await refresh();
+  else accept(jsonOf(answer), number);
 }
 
 // What a person asked for: a refusal is shown, and success clears the refusal before it.
@@ -217,12 +231,12 @@ const COLORS = { level: colorTable(MAGMA), alpha: colorTable(MAGMA), hidden: col
 const pictures = { target: null, grown: null }; // {bytes: {mel, linear}, frames, colors}
 const scratch = document.createElement("canvas");
 
-async function readFrame(response, view = "level") {
-  const frames = Number(response.headers.get("X-Frames"));
-  const bytes = new Uint8Array(await response.arrayBuffer());
+function readFrame({ headers, buffer }, view = "level") {
+  const frames = Number(headers.get("X-Frames"));
+  const bytes = new Uint8Array(buffer);
   const mel = bytes.subarray(0, ROWS.mel * frames);
   const linear = bytes.subarray(ROWS.mel * frames, (ROWS.mel + ROWS.linear) * frames);
-  return { bytes: { mel, linear }, frames, colors: COLORS[view], version: response.headers.get("X-Version"), age: Number(response.headers.get("X-Age")) };
+  return { bytes: { mel, linear }, frames, colors: COLORS[view], version: headers.get("X-Version"), age: Number(headers.get("X-Age")) };
 }
 
 // Row 0 is the lowest. Where a canvas has fewer lines than the grid has rows, a line shows the highest of its rows, so
@@ -292,7 +306,7 @@ function show(side, picture) {
 
 async function loadTarget() {
   const key = openSound;
-  const picture = await readFrame(await request("api/target"));
+  const picture = readFrame(await request("api/target"));
   if (key === openSound) show("target", picture);
 }
 
@@ -327,10 +341,14 @@ function timeStep(seconds, width) {
 
 function drawAxes({ plot, side, grid }) {
   for (const old of plot.querySelectorAll(".tick")) old.remove();
+  let below = Infinity;
   for (const [hz, label] of HZ_TICKS[grid]) {
+    const y = (1 - shareOfHz[grid](hz)) * plot.clientHeight;
+    if (below - y < 12) continue;
+    below = y;
     const tick = element("span", "tick hz", plot);
     tick.textContent = label;
-    tick.style.top = `${100 * (1 - shareOfHz[grid](hz))}%`;
+    tick.style.top = `${y}px`;
   }
   const seconds = secondsOf(side);
   if (!seconds) return;
@@ -352,7 +370,7 @@ function readOut({ side, grid }, [band, time]) {
 
 let drawn = { version: null, asked: null, view: null, number: 0 };
 
-const viewQuery = () => $("view").value === "hidden" ? `view=hidden&channel=${$("channel").value}` : `view=${$("view").value}`;
+const viewQuery = () => $("view").value === "hidden" ? `view=hidden&channel=${clamp(Number($("channel").value) || 2, 2, 15)}` : `view=${$("view").value}`;
 
 function frameWanted() {
   if (!state?.life || isGone() || stroke.sending || $("studio").hidden) return false;
@@ -364,7 +382,7 @@ function frameWanted() {
 async function drawNext() {
   const number = ++requests;
   const [view, asked] = [viewQuery(), String(state.version)];
-  const picture = await readFrame(await request(`api/frame?${view}`, { timeout: 20000 }), $("view").value);
+  const picture = readFrame(await request(`api/frame?${view}`, { timeout: 20000 }), $("view").value);
   drawFrame(picture, number, view);
   drawn.asked = asked;
 }
@@ -394,7 +412,7 @@ async function awaitNextState(error) {
 // ---- Listening -----------------------------------------------------------------------------------------------------
 
 let audio = null; // {context, analyser}
-const sounds = new Map(); // what was fetched: name -> {stamp, buffer, rms, peak}
+const sounds = new Map(); // recording and grown: name -> {stamp, buffer, rms, peak}
 const voices = []; // one, or two while the next waits for the loop's end: {of, source, gain, begins, seconds}
 let wanted = 0; // numbers what was asked to play: only the last of it begins
 let refreshing = false;
@@ -413,8 +431,8 @@ function audioOutput() {
 
 async function fetchSound(query) {
   const { context } = audioOutput();
-  const response = await request(`api/sound?${query}`);
-  const buffer = await context.decodeAudioData(await response.arrayBuffer());
+  const answer = await request(`api/sound?${query}`);
+  const buffer = await context.decodeAudioData(answer.buffer);
   return { buffer, ...loudness(buffer) };
 }
 
@@ -427,13 +445,12 @@ function loudness(buffer) {
   return { rms: Math.sqrt(sum / buffer.length), peak };
 }
 
-// Held sounds are used again while they are still true.
 async function loadSound(of, query = `of=${of}`) {
   const stamp = of === "target" ? openSound : `${openSound} ${state.version}`;
-  const held = sounds.get(of);
-  if (held?.stamp === stamp && (of === "target" || of === "grown")) return held;
+  const known = sounds.get(of);
+  if (known?.stamp === stamp) return known;
   const sound = { stamp, ...(await fetchSound(query)) };
-  if (stamp.startsWith(openSound)) sounds.set(of, sound);
+  if (stamp.startsWith(openSound) && (of === "target" || of === "grown")) sounds.set(of, sound);
   return sound;
 }
 
@@ -517,7 +534,7 @@ async function renewLoop() {
   if (refreshing || voices.length !== 1 || voice.of !== "grown" || !voice.source.loop) return;
   if (voice.stamp === `${openSound} ${state.version}`) return;
   refreshing = true;
-  const sound = await loadSound("grown").catch(() => null);
+  const sound = await loadSound("grown").catch(() => sleep(GONE_POLL_MS));
   refreshing = false;
   if (!sound || voices.length !== 1 || voices[0] !== voice || !voice.source.loop) return;
   const { context } = audio;
@@ -541,7 +558,7 @@ function showPlaying() {
     $("play").dataset.state = playing ? "playing" : "stopped";
     $("play").querySelector("use").setAttribute("href", playing ? "#i-stop" : "#i-play");
     $("play").querySelector("span").textContent = playing ? "Stop" : "Play";
-    if (playing) requestAnimationFrame(follow);
+    if (playing) startFollowing();
   }
   $("playing").textContent = playing ? `Playing ${CAPTIONS[voices[0].of.split(" ")[0]]}` : "";
   for (const button of all(".take-play")) button.toggleAttribute("data-playing", playing && voices[0].of === `take ${button.dataset.id}`);
@@ -549,32 +566,41 @@ function showPlaying() {
 }
 
 const wave = new Float32Array(2048);
-let lastTick = 0;
+let lastTick = null; // null while nothing sounds
 
-function follow(now) {
-  const ringing = isPlaying();
-  if (audio && (ringing || held.size)) {
-    audio.analyser.getFloatTimeDomainData(wave);
-    const peak = wave.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
-    $("play").dataset.peak = peak.toFixed(3);
+function startFollowing() {
+  if (lastTick !== null) return;
+  lastTick = audio.context.currentTime;
+  requestAnimationFrame(follow);
+}
+
+function follow() {
+  const { analyser, context } = audio;
+  samples += (context.currentTime - lastTick) * context.sampleRate;
+  lastTick = context.currentTime;
+  analyser.getFloatTimeDomainData(wave);
+  $("play").dataset.peak = wave.reduce((most, x) => Math.max(most, Math.abs(x)), 0).toFixed(3);
+  if (isPlaying()) {
+    movePlayheads();
+    renewLoop();
   }
-  if (!ringing) return (lastTick = 0);
-  if (lastTick) samples += ((now - lastTick) / 1000) * audio.context.sampleRate;
-  lastTick = now;
-  const voice = soundingVoice();
+  if (isPlaying() || ringing.size) requestAnimationFrame(follow);
+  else lastTick = null;
+}
+
+function movePlayheads() {
   const share = playingShare();
   for (const { playhead, plot } of grids) {
-    playhead.hidden = voice.of === "growth";
+    playhead.hidden = soundingVoice().of === "growth";
     playhead.style.transform = `translateX(${share * plot.clientWidth}px)`;
   }
-  renewLoop();
-  requestAnimationFrame(follow);
 }
 
 // ---- The keyboard --------------------------------------------------------------------------------------------------
 
 const notes = new Map(); // semitones -> {stamp, buffer, rms, peak}
-const held = new Map(); // semitones -> {source, gain} or "coming"
+const held = new Map(); // keys that are down: semitones -> {source, gain}, or null while the note is still to come
+const ringing = new Set();
 let tuning = Promise.resolve(); // notes are grown one at a time
 
 async function fetchNote(semitones) {
@@ -599,7 +625,7 @@ async function findNote(semitones) {
 async function noteOn(semitones) {
   if (!state?.life || held.has(semitones)) return;
   audioOutput();
-  held.set(semitones, "coming");
+  held.set(semitones, null);
   showKeys();
   const sound = await findNote(semitones);
   if (!sound) return noteOff(semitones);
@@ -610,17 +636,20 @@ async function noteOn(semitones) {
   const gain = new GainNode(context, { gain: 0.7 * equalGain(sound) });
   source.connect(gain).connect(analyser);
   source.start();
-  samples += sound.buffer.length;
+  ringing.add(source);
+  startFollowing();
   if (!released) held.set(semitones, { source, gain });
-  source.onended = () => { if (held.get(semitones)?.source === source) noteOff(semitones); };
-  setTimeout(() => follow(performance.now()), 60);
+  source.onended = () => {
+    ringing.delete(source);
+    if (held.get(semitones)?.source === source) noteOff(semitones);
+  };
 }
 
 function noteOff(semitones) {
   const note = held.get(semitones);
   held.delete(semitones);
   showKeys();
-  if (!note || note === "coming") return;
+  if (!note) return;
   note.gain.gain.setTargetAtTime(0, audio.context.currentTime, 0.05);
   note.source.stop(audio.context.currentTime + 0.4);
 }
@@ -686,11 +715,12 @@ function showBrushSize() {
 function listenToPointer(made) {
   const { canvas, side } = made;
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || listens(made)) return;
     canvas.setPointerCapture(event.pointerId);
     made.cursor = placeOf(event, canvas);
     useTool(made, made.cursor);
   });
+  canvas.addEventListener("click", (event) => { if (listens(made)) auditionFrom(made, placeOf(event, canvas)); });
   canvas.addEventListener("pointermove", (event) => {
     made.cursor = placeOf(event, canvas);
     if (side === "grown" && isBrush()) showBrush(made, made.cursor);
@@ -735,8 +765,10 @@ function listenToArrows(made) {
   made.canvas.addEventListener("blur", () => { made.brush.hidden = true; });
 }
 
+const listens = ({ side }) => side === "target" || tool === "listen";
+
 function useTool(made, place) {
-  if (made.side === "target" || tool === "listen") return auditionFrom(made, place);
+  if (listens(made)) return auditionFrom(made, place);
   if (!state?.life) return;
   if (tool === "seed") return attempt(() => post("seed", { grid: made.grid, place }));
   if (BOXES[tool]) {
@@ -781,7 +813,7 @@ async function sendPoints() {
 
 async function sendStroke(json) {
   const number = ++requests;
-  const picture = await readFrame(await request("api/brush", { json }));
+  const picture = readFrame(await request("api/brush", { json }));
   if ($("view").value === "level") drawFrame(picture, number, "view=level");
   else drawn.version = null;
 }
@@ -892,7 +924,7 @@ function soundItem({ name, epochs, mel_l1_db: error }) {
   button.dataset.sound = name;
   button.title = `Open ${name}`;
   element("strong", "", button).textContent = name;
-  const facts = [name === state.sound?.name && "open now", epochs !== null && `${epochs} epochs`, error !== null && `mel ${db(error)} from it`];
+  const facts = [name === state.sound?.name && "open now", epochs !== null && `${epochs} epochs`, error !== null && `mel ${db(error)}`];
   element("small", "", button).textContent = facts.filter(Boolean).join(", ") || "not learned yet";
   button.addEventListener("click", () => name === state.sound?.name ? showBegin(false) : attempt(() => begin(() => post("open", { name }), `Opening ${name} …`)));
   return item;
@@ -961,7 +993,7 @@ function renderLife() {
 }
 
 function errorsInWords({ mel_error_db: mel, linear_error_db: linear }) {
-  return mel === null ? "" : `What lives now: mel ${db(mel)}, linear ${db(linear)} from the recording`;
+  return mel === null ? "" : `Now: mel ${db(mel)}, linear ${db(linear)} from the recording`;
 }
 
 function nearestSpeed(speed) {
@@ -976,11 +1008,10 @@ function showSpeed(speed) {
   $("speed").setAttribute("aria-valuetext", words);
 }
 
-function renderHealing(life) {
-  const { mel_error_db: mel, linear_error_db: linear } = life;
+function renderHealing({ mel_error_db: mel, linear_error_db: linear }) {
   if (!heal || mel === null) return setText("healing", "");
   heal.worst = { mel: Math.max(heal.worst.mel, mel), linear: Math.max(heal.worst.linear, linear) };
-  const path = (name, now) => `${name} ${heal.before[name].toFixed(1)} before, ${heal.worst[name].toFixed(1)} at its worst, ${db(now)} now`;
+  const path = (name, now) => `${name} from ${heal.before[name].toFixed(1)} to ${db(heal.worst[name])}, ${db(heal.worst[name] - now)} healed`;
   setText("healing", `Wound: ${path("mel", mel)}; ${path("linear", linear)}`);
 }
 
@@ -1050,7 +1081,7 @@ function takeInWords({ age, seconds, semitones, mel_error_db: error }) {
 }
 
 async function drawTake(id, canvas) {
-  paint(canvas, await readFrame(await request(`api/take?id=${id}`)), "mel");
+  paint(canvas, readFrame(await request(`api/take?id=${id}`)), "mel");
 }
 
 function hearTake(id) {
@@ -1077,8 +1108,7 @@ const curveWanted = () => state.learning && !$("studio").hidden && state.learnin
 
 async function loadLosses() {
   const epoch = state.learning.epoch;
-  const response = await request("api/losses", { timeout: 10000 });
-  drawCurve(await response.json());
+  drawCurve(jsonOf(await request("api/losses", { timeout: 10000 })));
   lossEpoch = epoch;
 }
 
@@ -1119,9 +1149,9 @@ function drawCurve({ epoch, mel, linear }) {
 async function download(button, path) {
   button.setAttribute("aria-busy", "true");
   await attempt(async () => {
-    const response = await request(path);
-    const name = /filename="?([^";]+)"?/.exec(response.headers.get("Content-Disposition") ?? "")?.[1] ?? "fastnca";
-    save(await response.blob(), name);
+    const { headers, buffer } = await request(path);
+    const name = /filename="?([^";]+)"?/.exec(headers.get("Content-Disposition") ?? "")?.[1] ?? "fastnca";
+    save(new Blob([buffer], { type: headers.get("Content-Type") }), name);
   });
   button.removeAttribute("aria-busy");
 }
@@ -1135,13 +1165,12 @@ function save(blob, name) {
 }
 
 let commandOf = null;
-const commandKey = () => JSON.stringify([openSound, state.shape, state.learning?.status, state.version]);
-const commandWanted = () => state.life && !state.life.running && !$("studio").hidden && commandKey() !== commandOf;
+const commandKey = () => JSON.stringify([openSound, state.shape, state.learning?.status, !state.life.running && state.version]);
+const commandWanted = () => state.life && !$("studio").hidden && commandKey() !== commandOf;
 
 async function loadCommand() {
   commandOf = commandKey();
-  const response = await request("api/export?what=command", { timeout: 10000 });
-  setText("command", (await response.text()).trim());
+  setText("command", textOf(await request("api/export?what=command", { timeout: 10000 })).trim());
 }
 
 async function copyCommand() {
@@ -1174,13 +1203,18 @@ async function begin(deed, words) {
   }
 }
 
-function upload(file, name = file.name) {
+function upload(file) {
+  const { name } = file;
   return attempt(() => begin(async () => {
     if (!file.size) throw new Refused(`${name} is empty.`);
-    const number = ++requests;
-    const response = await request(`api/recording?name=${encodeURIComponent(name)}`, { body: file });
-    accept(await response.json(), number);
+    await postAny(`api/recording?name=${encodeURIComponent(name)}`, { body: file }).catch((error) => explainBrokenUpload(error, name));
   }, `Reading ${name} …`));
+}
+
+// A server that refuses a large file before it has come ends the connection, which looks as if it were gone.
+async function explainBrokenUpload(error, name) {
+  if (error instanceof Gone) await refresh();
+  throw error instanceof Gone ? new Refused(`${name} was not taken: the server ended the transfer. Is it too large?`) : error;
 }
 
 let dragDepth = 0;
@@ -1275,7 +1309,11 @@ function encodeWav(samples, rate) {
 
 const click = (id, deed) => $(id).addEventListener("click", deed);
 const clickPost = (id, path, json) => click(id, () => attempt(() => post(path, json)));
-const lifeAction = (json) => attempt(() => post("life", json));
+
+function lifeAction(json) {
+  if (json.action === "restart" || json.action === "empty") heal = null;
+  return attempt(() => post("life", json));
+}
 
 function slider(id, shown, send) {
   const newest = newestOnly(send);
@@ -1413,6 +1451,7 @@ function wireKeys() {
     if (note >= 0 && event.key.length === 1) noteOff(note);
   });
   document.addEventListener("pointerdown", () => { lastInput = "pointer"; }, true);
+  for (const select of all("select")) select.addEventListener("change", () => { if (lastInput === "pointer") select.blur(); });
   window.addEventListener("blur", () => [...held.keys()].forEach(noteOff));
 }
 
