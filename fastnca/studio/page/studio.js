@@ -184,7 +184,7 @@ function changeSound() {
   openSound = soundKey();
   choosing = false;
   heal = null;
-  drawn = { version: null, asked: null, view: null, number: 0 };
+  drawn = { version: null, asked: null, view: null, number: requests + 1 }; // no frame asked for before is drawn
   sounds.clear();
   notes.clear();
   stop();
@@ -445,8 +445,10 @@ function loudness(buffer) {
   return { rms: Math.sqrt(sum / buffer.length), peak };
 }
 
+const grownStamp = () => `${openSound} ${state.version}`;
+
 async function loadSound(of, query = `of=${of}`) {
-  const stamp = of === "target" ? openSound : `${openSound} ${state.version}`;
+  const stamp = of === "target" ? openSound : grownStamp();
   const known = sounds.get(of);
   if (known?.stamp === stamp) return known;
   const sound = { stamp, ...(await fetchSound(query)) };
@@ -486,11 +488,11 @@ function silence(voice) {
   voice.source.stop(context.currentTime + 0.03);
 }
 
-async function play(of = $("listen-to").value, share = 0, query) {
+async function play(of = $("listen-to").value, share = 0, query, known = null) {
   const number = ++wanted;
   const { context } = audioOutput();
   $("play").setAttribute("aria-busy", "true");
-  const [sound] = await attempt(() => Promise.all([loadSound(of, query), equalPartner(of)])) ?? [];
+  const [sound] = await attempt(() => Promise.all([known ?? loadSound(of, query), equalPartner(of)])) ?? [];
   if (number !== wanted) return;
   $("play").removeAttribute("aria-busy");
   if (!sound) return;
@@ -519,7 +521,7 @@ const togglePlay = () => isPlaying() || $("play").hasAttribute("aria-busy") ? st
 
 function listenTo(of) {
   $("listen-to").value = of;
-  if (isPlaying()) play(of, playingShare());
+  if (isPlaying()) play(of, playingShare(), undefined, $("loop").checked ? sounds.get(of) : null); // the loop renews it
 }
 
 const otherSide = () => listenTo($("listen-to").value === "target" ? "grown" : "target");
@@ -532,7 +534,7 @@ function setLoop() {
 async function renewLoop() {
   const [voice] = voices;
   if (refreshing || voices.length !== 1 || voice.of !== "grown" || !voice.source.loop) return;
-  if (voice.stamp === `${openSound} ${state.version}`) return;
+  if (voice.stamp === grownStamp()) return;
   refreshing = true;
   const sound = await loadSound("grown").catch(() => sleep(GONE_POLL_MS));
   refreshing = false;
@@ -602,9 +604,13 @@ const notes = new Map(); // semitones -> {stamp, buffer, rms, peak}
 const held = new Map(); // keys that are down: semitones -> {source, gain}, or null while the note is still to come
 const ringing = new Set();
 let tuning = Promise.resolve(); // notes are grown one at a time
+let tunings = 0;
+
+const asItIs = (semitones) => semitones === 0 || !state.sound.pitch_hz;
 
 async function fetchNote(semitones) {
-  const stamp = `${openSound} ${state.version}`;
+  if (asItIs(semitones)) return loadSound("grown");
+  const stamp = grownStamp();
   const known = notes.get(semitones);
   if (known?.stamp === stamp) return known;
   const note = { stamp, ...(await fetchSound(`of=grown&semitones=${semitones}`)) };
@@ -612,12 +618,16 @@ async function fetchNote(semitones) {
   return note;
 }
 
-const tune = (semitones) => (tuning = tuning.then(() => attempt(() => fetchNote(semitones))));
+function tune(semitones) {
+  tunings++;
+  tuning = tuning.then(() => attempt(() => fetchNote(semitones))).finally(() => tunings--);
+  return tuning;
+}
 
-// A note that was grown before sounds at once, and is grown anew for the next time if the sound has changed.
-async function findNote(semitones) {
-  if (!state.sound.pitch_hz || semitones === 0) return attempt(() => loadSound("grown"));
-  const known = notes.get(semitones);
+// A note that was grown before sounds at once, and is grown anew for the next time if what lives has changed.
+function findNote(semitones) {
+  const known = asItIs(semitones) ? sounds.get("grown") : notes.get(semitones);
+  if (known && (known.stamp === grownStamp() || tunings)) return known;
   const fresh = tune(semitones);
   return known ?? fresh;
 }
@@ -986,7 +996,7 @@ function renderLife() {
     sync("speed", nearestSpeed(life.speed));
     showSpeed(life.speed);
   }
-  setText("grown-error", errorsInWords(life));
+  setText("grown-error", heal ? "" : errorsInWords(life));
   setText("protected", life.protected > 0 ? `${Math.max(1, Math.round(100 * life.protected))} % may not change` : "");
   $("clear-protection").hidden = !(life.protected > 0);
   renderHealing(life);
@@ -1011,7 +1021,7 @@ function showSpeed(speed) {
 function renderHealing({ mel_error_db: mel, linear_error_db: linear }) {
   if (!heal || mel === null) return setText("healing", "");
   heal.worst = { mel: Math.max(heal.worst.mel, mel), linear: Math.max(heal.worst.linear, linear) };
-  const path = (name, now) => `${name} from ${heal.before[name].toFixed(1)} to ${db(heal.worst[name])}, ${db(heal.worst[name] - now)} healed`;
+  const path = (name, now) => `${name} ${heal.before[name].toFixed(1)} before, ${heal.worst[name].toFixed(1)} at its worst, ${db(now)} now`;
   setText("healing", `Wound: ${path("mel", mel)}; ${path("linear", linear)}`);
 }
 
@@ -1025,7 +1035,7 @@ function renderListening() {
   enable("hear-wound", life?.wounded, "nothing was wounded");
   for (const key of $("keyboard").children) key.disabled = !life;
   setText("keyboard-note", sound.pitch_hz
-    ? `Keys A to K grow it at each pitch, from ${Math.round(sound.pitch_hz)} Hz up.`
+    ? `Keys A to K grow it at each pitch, from ${Math.round(sound.pitch_hz * 2 ** (state.shape.semitones / 12))} Hz up.`
     : "No steady pitch was found: the keys A to K play it faster, not grown anew.");
 }
 
@@ -1402,6 +1412,7 @@ function wantsSpace(control) {
 
 function onKey(event) {
   const { target } = event;
+  if (event.key === "Enter" && isTyping(target)) return target.blur();
   if (event.key === "Tab") lastInput = "keyboard";
   if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !isTyping(target)) {
     event.preventDefault();
