@@ -712,6 +712,11 @@ function showBrush(made, [band, time], point = !isBrush()) {
   readOut(made, [band, time]);
 }
 
+function hideBrush(made) {
+  made.brush.hidden = true;
+  $("readout").textContent = "";
+}
+
 function sizeBrush(change) {
   $("brush-size").value = Number($("brush-size").value) + change;
   showBrushSize();
@@ -740,7 +745,7 @@ function listenToPointer(made) {
   });
   canvas.addEventListener("pointerup", () => { if (stroke.box?.made === made) finishBox(made.cursor); endStroke(); });
   canvas.addEventListener("pointercancel", () => { giveUpBox(); endStroke(); });
-  canvas.addEventListener("pointerleave", () => { made.brush.hidden = true; $("readout").textContent = ""; });
+  canvas.addEventListener("pointerleave", () => hideBrush(made));
   canvas.addEventListener("wheel", (event) => {
     if (side !== "grown" || !isBrush()) return;
     event.preventDefault();
@@ -772,7 +777,7 @@ function listenToArrows(made) {
     if (stroke.box?.made === made) showBox(made.cursor);
   });
   made.canvas.addEventListener("focus", () => { if (lastInput === "keyboard") showBrush(made, made.cursor, made.side === "target" || !isBrush()); });
-  made.canvas.addEventListener("blur", () => { made.brush.hidden = true; });
+  made.canvas.addEventListener("blur", () => hideBrush(made));
 }
 
 const listens = ({ side }) => side === "target" || tool === "listen";
@@ -1113,16 +1118,23 @@ async function pressTwice(button, deed) {
 // ---- The curve of the losses ---------------------------------------------------------------------------------------
 
 let lossEpoch = null;
+let losses = null;
 
 const curveWanted = () => state.learning && !$("studio").hidden && state.learning.epoch !== lossEpoch;
 
 async function loadLosses() {
   const epoch = state.learning.epoch;
-  drawCurve(jsonOf(await request("api/losses", { timeout: 10000 })));
+  losses = jsonOf(await request("api/losses", { timeout: 10000 }));
   lossEpoch = epoch;
+  drawCurve();
 }
 
-function drawCurve({ epoch, mel, linear }) {
+function redrawCurve() {
+  if (losses && $("curve").clientWidth) drawCurve();
+}
+
+function drawCurve() {
+  const { epoch, mel, linear } = losses;
   const canvas = $("curve");
   const ratio = window.devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
@@ -1130,9 +1142,9 @@ function drawCurve({ epoch, mel, linear }) {
   canvas.height = height * ratio;
   const context = canvas.getContext("2d");
   context.scale(ratio, ratio);
-  const values = [...mel, ...linear].filter((value) => value > 0).map(Math.log);
-  if (values.length < 4) return;
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const logs = [...mel, ...linear].filter((value) => value > 0).map(Math.log);
+  if (logs.length < 4) return;
+  const [low, high] = [Math.min(...logs), Math.max(...logs)];
   const [first, last] = [epoch[0], epoch.at(-1)];
   const x = (i) => ((epoch[i] - first) / Math.max(1, last - first)) * (width - 62) + 1;
   const y = (value) => 5 + (1 - (Math.log(value) - low) / Math.max(1e-6, high - low)) * (height - 10);
@@ -1141,15 +1153,15 @@ function drawCurve({ epoch, mel, linear }) {
   context.textBaseline = "middle";
   const ends = { mel: y(mel.at(-1)), linear: y(linear.at(-1)) };
   const crowded = Math.abs(ends.mel - ends.linear) < 11;
-  for (const [name, losses, color] of [["linear", linear, "--second"], ["mel", mel, "--accent"]]) {
+  for (const [name, values, color] of [["linear", linear, "--second"], ["mel", mel, "--accent"]]) {
     context.strokeStyle = context.fillStyle = style.getPropertyValue(color);
     context.lineWidth = 1.5;
     context.beginPath();
-    losses.forEach((value, i) => { if (value > 0) context.lineTo(x(i), y(value)); });
+    values.forEach((value, i) => { if (value > 0) context.lineTo(x(i), y(value)); });
     context.stroke();
     const lower = crowded && ends[name] >= ends[name === "mel" ? "linear" : "mel"];
     const at = crowded ? ends[name] + (lower ? 6 : -6) : ends[name];
-    context.fillText(`${name} ${losses.at(-1).toPrecision(2)}`, width - 57, clamp(at, 6, height - 6));
+    context.fillText(`${name} ${values.at(-1).toPrecision(2)}`, width - 57, clamp(at, 6, height - 6));
   }
   canvas.setAttribute("aria-label", `Losses after ${last} epochs: mel ${mel.at(-1).toPrecision(2)}, linear ${linear.at(-1).toPrecision(2)}`);
 }
@@ -1479,6 +1491,8 @@ listenToDrops();
 explainMicrophone();
 chooseTool("listen");
 showBrushSize();
+new ResizeObserver(redrawCurve).observe($("curve"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawCurve);
 window.studio = { samplesPlayed: () => Math.round(samples) };
 keepPolling();
 keepDrawing();
