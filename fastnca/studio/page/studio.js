@@ -40,26 +40,40 @@ async function request(path, { body, json, timeout } = {}) {
   if (json) headers["Content-Type"] = "application/json";
   const options = { headers, cache: "no-store", method: body || json ? "POST" : "GET", body: json ? JSON.stringify(json) : body };
   if (timeout) options.signal = AbortSignal.timeout(timeout);
-  const response = await fetch(path, options).catch((cause) => { throw new Gone(cause.message); });
-  if (!response.ok) throw new Refused(await reason(response));
-  return response;
+  const answer = await wholeAnswer(path, options).catch((cause) => { throw new Gone(cause.message); });
+  if (!answer.ok) throw new Refused(reason(answer));
+  return answer;
 }
 
-async function reason(response) {
-  const answer = await response.json().catch(() => ({}));
-  return answer.error || `The server answered ${response.status} ${response.statusText}.`;
+async function wholeAnswer(path, options) {
+  const response = await fetch(path, options);
+  return { ok: response.ok, status: response.status, headers: response.headers, buffer: await response.arrayBuffer() };
+}
+
+const textOf = ({ buffer }) => new TextDecoder().decode(buffer);
+const jsonOf = (answer) => JSON.parse(textOf(answer));
+
+function reason(answer) {
+  try {
+    return jsonOf(answer).error;
+  } catch {
+    return `The server refused this (${answer.status}).`;
+  }
 }
 
 async function refresh() {
   const number = ++requests;
-  const response = await request("api/state", { timeout: 10000 });
-  accept(await response.json(), number);
+  accept(jsonOf(await request("api/state", { timeout: 10000 })), number);
 }
 
-async function post(path, json = {}) {
+const post = (path, json = {}) => postAny(`api/${path}`, { json });
+
+// A poll that was sent later may have been answered earlier: then the answer's order is not known, and a new one is.
+async function postAny(path, options) {
   const number = ++requests;
-  const response = await request(`api/${path}`, { json });
-  accept(await response.json(), number);
+  const answer = await request(path, options);
+  if (number < newestState) await refresh();
+  else accept(jsonOf(answer), number);
 }
 
 // What a person asked for: a refusal is shown, and success clears the refusal before it.
@@ -170,7 +184,7 @@ function changeSound() {
   openSound = soundKey();
   choosing = false;
   heal = null;
-  drawn = { version: null, asked: null, view: null, number: 0 };
+  drawn = { version: null, asked: null, view: null, number: requests + 1 }; // no frame asked for before is drawn
   sounds.clear();
   notes.clear();
   stop();
@@ -217,12 +231,12 @@ const COLORS = { level: colorTable(MAGMA), alpha: colorTable(MAGMA), hidden: col
 const pictures = { target: null, grown: null }; // {bytes: {mel, linear}, frames, colors}
 const scratch = document.createElement("canvas");
 
-async function readFrame(response, view = "level") {
-  const frames = Number(response.headers.get("X-Frames"));
-  const bytes = new Uint8Array(await response.arrayBuffer());
+function readFrame({ headers, buffer }, view = "level") {
+  const frames = Number(headers.get("X-Frames"));
+  const bytes = new Uint8Array(buffer);
   const mel = bytes.subarray(0, ROWS.mel * frames);
   const linear = bytes.subarray(ROWS.mel * frames, (ROWS.mel + ROWS.linear) * frames);
-  return { bytes: { mel, linear }, frames, colors: COLORS[view], version: response.headers.get("X-Version"), age: Number(response.headers.get("X-Age")) };
+  return { bytes: { mel, linear }, frames, colors: COLORS[view], version: headers.get("X-Version"), age: Number(headers.get("X-Age")) };
 }
 
 // Row 0 is the lowest. Where a canvas has fewer lines than the grid has rows, a line shows the highest of its rows, so
@@ -292,7 +306,7 @@ function show(side, picture) {
 
 async function loadTarget() {
   const key = openSound;
-  const picture = await readFrame(await request("api/target"));
+  const picture = readFrame(await request("api/target"));
   if (key === openSound) show("target", picture);
 }
 
@@ -327,10 +341,14 @@ function timeStep(seconds, width) {
 
 function drawAxes({ plot, side, grid }) {
   for (const old of plot.querySelectorAll(".tick")) old.remove();
+  let below = Infinity;
   for (const [hz, label] of HZ_TICKS[grid]) {
+    const y = (1 - shareOfHz[grid](hz)) * plot.clientHeight;
+    if (below - y < 12) continue;
+    below = y;
     const tick = element("span", "tick hz", plot);
     tick.textContent = label;
-    tick.style.top = `${100 * (1 - shareOfHz[grid](hz))}%`;
+    tick.style.top = `${y}px`;
   }
   const seconds = secondsOf(side);
   if (!seconds) return;
@@ -352,7 +370,7 @@ function readOut({ side, grid }, [band, time]) {
 
 let drawn = { version: null, asked: null, view: null, number: 0 };
 
-const viewQuery = () => $("view").value === "hidden" ? `view=hidden&channel=${$("channel").value}` : `view=${$("view").value}`;
+const viewQuery = () => $("view").value === "hidden" ? `view=hidden&channel=${clamp(Number($("channel").value) || 2, 2, 15)}` : `view=${$("view").value}`;
 
 function frameWanted() {
   if (!state?.life || isGone() || stroke.sending || $("studio").hidden) return false;
@@ -364,7 +382,7 @@ function frameWanted() {
 async function drawNext() {
   const number = ++requests;
   const [view, asked] = [viewQuery(), String(state.version)];
-  const picture = await readFrame(await request(`api/frame?${view}`, { timeout: 20000 }), $("view").value);
+  const picture = readFrame(await request(`api/frame?${view}`, { timeout: 20000 }), $("view").value);
   drawFrame(picture, number, view);
   drawn.asked = asked;
 }
@@ -394,7 +412,7 @@ async function awaitNextState(error) {
 // ---- Listening -----------------------------------------------------------------------------------------------------
 
 let audio = null; // {context, analyser}
-const sounds = new Map(); // what was fetched: name -> {stamp, buffer, rms, peak}
+const sounds = new Map(); // recording and grown: name -> {stamp, buffer, rms, peak}
 const voices = []; // one, or two while the next waits for the loop's end: {of, source, gain, begins, seconds}
 let wanted = 0; // numbers what was asked to play: only the last of it begins
 let refreshing = false;
@@ -413,8 +431,8 @@ function audioOutput() {
 
 async function fetchSound(query) {
   const { context } = audioOutput();
-  const response = await request(`api/sound?${query}`);
-  const buffer = await context.decodeAudioData(await response.arrayBuffer());
+  const answer = await request(`api/sound?${query}`);
+  const buffer = await context.decodeAudioData(answer.buffer);
   return { buffer, ...loudness(buffer) };
 }
 
@@ -427,13 +445,14 @@ function loudness(buffer) {
   return { rms: Math.sqrt(sum / buffer.length), peak };
 }
 
-// Held sounds are used again while they are still true.
+const grownStamp = () => `${openSound} ${state.version}`;
+
 async function loadSound(of, query = `of=${of}`) {
-  const stamp = of === "target" ? openSound : `${openSound} ${state.version}`;
-  const held = sounds.get(of);
-  if (held?.stamp === stamp && (of === "target" || of === "grown")) return held;
+  const stamp = of === "target" ? openSound : grownStamp();
+  const known = sounds.get(of);
+  if (known?.stamp === stamp) return known;
   const sound = { stamp, ...(await fetchSound(query)) };
-  if (stamp.startsWith(openSound)) sounds.set(of, sound);
+  if (stamp.startsWith(openSound) && (of === "target" || of === "grown")) sounds.set(of, sound);
   return sound;
 }
 
@@ -469,11 +488,11 @@ function silence(voice) {
   voice.source.stop(context.currentTime + 0.03);
 }
 
-async function play(of = $("listen-to").value, share = 0, query) {
+async function play(of = $("listen-to").value, share = 0, query, known = null) {
   const number = ++wanted;
   const { context } = audioOutput();
   $("play").setAttribute("aria-busy", "true");
-  const [sound] = await attempt(() => Promise.all([loadSound(of, query), equalPartner(of)])) ?? [];
+  const [sound] = await attempt(() => Promise.all([known ?? loadSound(of, query), equalPartner(of)])) ?? [];
   if (number !== wanted) return;
   $("play").removeAttribute("aria-busy");
   if (!sound) return;
@@ -502,7 +521,7 @@ const togglePlay = () => isPlaying() || $("play").hasAttribute("aria-busy") ? st
 
 function listenTo(of) {
   $("listen-to").value = of;
-  if (isPlaying()) play(of, playingShare());
+  if (isPlaying()) play(of, playingShare(), undefined, $("loop").checked ? sounds.get(of) : null); // the loop renews it
 }
 
 const otherSide = () => listenTo($("listen-to").value === "target" ? "grown" : "target");
@@ -515,9 +534,9 @@ function setLoop() {
 async function renewLoop() {
   const [voice] = voices;
   if (refreshing || voices.length !== 1 || voice.of !== "grown" || !voice.source.loop) return;
-  if (voice.stamp === `${openSound} ${state.version}`) return;
+  if (voice.stamp === grownStamp()) return;
   refreshing = true;
-  const sound = await loadSound("grown").catch(() => null);
+  const sound = await loadSound("grown").catch(() => sleep(GONE_POLL_MS));
   refreshing = false;
   if (!sound || voices.length !== 1 || voices[0] !== voice || !voice.source.loop) return;
   const { context } = audio;
@@ -541,7 +560,7 @@ function showPlaying() {
     $("play").dataset.state = playing ? "playing" : "stopped";
     $("play").querySelector("use").setAttribute("href", playing ? "#i-stop" : "#i-play");
     $("play").querySelector("span").textContent = playing ? "Stop" : "Play";
-    if (playing) requestAnimationFrame(follow);
+    if (playing) startFollowing();
   }
   $("playing").textContent = playing ? `Playing ${CAPTIONS[voices[0].of.split(" ")[0]]}` : "";
   for (const button of all(".take-play")) button.toggleAttribute("data-playing", playing && voices[0].of === `take ${button.dataset.id}`);
@@ -549,36 +568,49 @@ function showPlaying() {
 }
 
 const wave = new Float32Array(2048);
-let lastTick = 0;
+let lastTick = null; // null while nothing sounds
 
-function follow(now) {
-  const ringing = isPlaying();
-  if (audio && (ringing || held.size)) {
-    audio.analyser.getFloatTimeDomainData(wave);
-    const peak = wave.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
-    $("play").dataset.peak = peak.toFixed(3);
+function startFollowing() {
+  if (lastTick !== null) return;
+  lastTick = audio.context.currentTime;
+  requestAnimationFrame(follow);
+}
+
+function follow() {
+  const { analyser, context } = audio;
+  samples += (context.currentTime - lastTick) * context.sampleRate;
+  lastTick = context.currentTime;
+  analyser.getFloatTimeDomainData(wave);
+  $("play").dataset.peak = wave.reduce((most, x) => Math.max(most, Math.abs(x)), 0).toFixed(3);
+  if (isPlaying()) {
+    movePlayheads();
+    renewLoop();
   }
-  if (!ringing) return (lastTick = 0);
-  if (lastTick) samples += ((now - lastTick) / 1000) * audio.context.sampleRate;
-  lastTick = now;
-  const voice = soundingVoice();
+  if (isPlaying() || ringing.size) requestAnimationFrame(follow);
+  else lastTick = null;
+}
+
+function movePlayheads() {
   const share = playingShare();
   for (const { playhead, plot } of grids) {
-    playhead.hidden = voice.of === "growth";
+    playhead.hidden = soundingVoice().of === "growth";
     playhead.style.transform = `translateX(${share * plot.clientWidth}px)`;
   }
-  renewLoop();
-  requestAnimationFrame(follow);
 }
 
 // ---- The keyboard --------------------------------------------------------------------------------------------------
 
 const notes = new Map(); // semitones -> {stamp, buffer, rms, peak}
-const held = new Map(); // semitones -> {source, gain} or "coming"
+const held = new Map(); // keys that are down: semitones -> {source, gain}, or null while the note is still to come
+const ringing = new Set();
 let tuning = Promise.resolve(); // notes are grown one at a time
+let tunings = 0;
+
+const asItIs = (semitones) => semitones === 0 || !state.sound.pitch_hz;
 
 async function fetchNote(semitones) {
-  const stamp = `${openSound} ${state.version}`;
+  if (asItIs(semitones)) return loadSound("grown");
+  const stamp = grownStamp();
   const known = notes.get(semitones);
   if (known?.stamp === stamp) return known;
   const note = { stamp, ...(await fetchSound(`of=grown&semitones=${semitones}`)) };
@@ -586,12 +618,16 @@ async function fetchNote(semitones) {
   return note;
 }
 
-const tune = (semitones) => (tuning = tuning.then(() => attempt(() => fetchNote(semitones))));
+function tune(semitones) {
+  tunings++;
+  tuning = tuning.then(() => attempt(() => fetchNote(semitones))).finally(() => tunings--);
+  return tuning;
+}
 
-// A note that was grown before sounds at once, and is grown anew for the next time if the sound has changed.
-async function findNote(semitones) {
-  if (!state.sound.pitch_hz || semitones === 0) return attempt(() => loadSound("grown"));
-  const known = notes.get(semitones);
+// A note that was grown before sounds at once, and is grown anew for the next time if what lives has changed.
+function findNote(semitones) {
+  const known = asItIs(semitones) ? sounds.get("grown") : notes.get(semitones);
+  if (known && (known.stamp === grownStamp() || tunings)) return known;
   const fresh = tune(semitones);
   return known ?? fresh;
 }
@@ -599,7 +635,7 @@ async function findNote(semitones) {
 async function noteOn(semitones) {
   if (!state?.life || held.has(semitones)) return;
   audioOutput();
-  held.set(semitones, "coming");
+  held.set(semitones, null);
   showKeys();
   const sound = await findNote(semitones);
   if (!sound) return noteOff(semitones);
@@ -610,17 +646,20 @@ async function noteOn(semitones) {
   const gain = new GainNode(context, { gain: 0.7 * equalGain(sound) });
   source.connect(gain).connect(analyser);
   source.start();
-  samples += sound.buffer.length;
+  ringing.add(source);
+  startFollowing();
   if (!released) held.set(semitones, { source, gain });
-  source.onended = () => { if (held.get(semitones)?.source === source) noteOff(semitones); };
-  setTimeout(() => follow(performance.now()), 60);
+  source.onended = () => {
+    ringing.delete(source);
+    if (held.get(semitones)?.source === source) noteOff(semitones);
+  };
 }
 
 function noteOff(semitones) {
   const note = held.get(semitones);
   held.delete(semitones);
   showKeys();
-  if (!note || note === "coming") return;
+  if (!note) return;
   note.gain.gain.setTargetAtTime(0, audio.context.currentTime, 0.05);
   note.source.stop(audio.context.currentTime + 0.4);
 }
@@ -673,6 +712,11 @@ function showBrush(made, [band, time], point = !isBrush()) {
   readOut(made, [band, time]);
 }
 
+function hideBrush(made) {
+  made.brush.hidden = true;
+  $("readout").textContent = "";
+}
+
 function sizeBrush(change) {
   $("brush-size").value = Number($("brush-size").value) + change;
   showBrushSize();
@@ -686,11 +730,12 @@ function showBrushSize() {
 function listenToPointer(made) {
   const { canvas, side } = made;
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || listens(made)) return;
     canvas.setPointerCapture(event.pointerId);
     made.cursor = placeOf(event, canvas);
     useTool(made, made.cursor);
   });
+  canvas.addEventListener("click", (event) => { if (listens(made)) auditionFrom(made, placeOf(event, canvas)); });
   canvas.addEventListener("pointermove", (event) => {
     made.cursor = placeOf(event, canvas);
     if (side === "grown" && isBrush()) showBrush(made, made.cursor);
@@ -700,7 +745,7 @@ function listenToPointer(made) {
   });
   canvas.addEventListener("pointerup", () => { if (stroke.box?.made === made) finishBox(made.cursor); endStroke(); });
   canvas.addEventListener("pointercancel", () => { giveUpBox(); endStroke(); });
-  canvas.addEventListener("pointerleave", () => { made.brush.hidden = true; $("readout").textContent = ""; });
+  canvas.addEventListener("pointerleave", () => hideBrush(made));
   canvas.addEventListener("wheel", (event) => {
     if (side !== "grown" || !isBrush()) return;
     event.preventDefault();
@@ -732,11 +777,13 @@ function listenToArrows(made) {
     if (stroke.box?.made === made) showBox(made.cursor);
   });
   made.canvas.addEventListener("focus", () => { if (lastInput === "keyboard") showBrush(made, made.cursor, made.side === "target" || !isBrush()); });
-  made.canvas.addEventListener("blur", () => { made.brush.hidden = true; });
+  made.canvas.addEventListener("blur", () => hideBrush(made));
 }
 
+const listens = ({ side }) => side === "target" || tool === "listen";
+
 function useTool(made, place) {
-  if (made.side === "target" || tool === "listen") return auditionFrom(made, place);
+  if (listens(made)) return auditionFrom(made, place);
   if (!state?.life) return;
   if (tool === "seed") return attempt(() => post("seed", { grid: made.grid, place }));
   if (BOXES[tool]) {
@@ -781,7 +828,7 @@ async function sendPoints() {
 
 async function sendStroke(json) {
   const number = ++requests;
-  const picture = await readFrame(await request("api/brush", { json }));
+  const picture = readFrame(await request("api/brush", { json }));
   if ($("view").value === "level") drawFrame(picture, number, "view=level");
   else drawn.version = null;
 }
@@ -892,7 +939,7 @@ function soundItem({ name, epochs, mel_l1_db: error }) {
   button.dataset.sound = name;
   button.title = `Open ${name}`;
   element("strong", "", button).textContent = name;
-  const facts = [name === state.sound?.name && "open now", epochs !== null && `${epochs} epochs`, error !== null && `mel ${db(error)} from it`];
+  const facts = [name === state.sound?.name && "open now", epochs !== null && `${epochs} epochs`, error !== null && `mel ${db(error)}`];
   element("small", "", button).textContent = facts.filter(Boolean).join(", ") || "not learned yet";
   button.addEventListener("click", () => name === state.sound?.name ? showBegin(false) : attempt(() => begin(() => post("open", { name }), `Opening ${name} …`)));
   return item;
@@ -954,14 +1001,14 @@ function renderLife() {
     sync("speed", nearestSpeed(life.speed));
     showSpeed(life.speed);
   }
-  setText("grown-error", errorsInWords(life));
+  setText("grown-error", heal ? "" : errorsInWords(life));
   setText("protected", life.protected > 0 ? `${Math.max(1, Math.round(100 * life.protected))} % may not change` : "");
   $("clear-protection").hidden = !(life.protected > 0);
   renderHealing(life);
 }
 
 function errorsInWords({ mel_error_db: mel, linear_error_db: linear }) {
-  return mel === null ? "" : `What lives now: mel ${db(mel)}, linear ${db(linear)} from the recording`;
+  return mel === null ? "" : `Now: mel ${db(mel)}, linear ${db(linear)} from the recording`;
 }
 
 function nearestSpeed(speed) {
@@ -976,8 +1023,7 @@ function showSpeed(speed) {
   $("speed").setAttribute("aria-valuetext", words);
 }
 
-function renderHealing(life) {
-  const { mel_error_db: mel, linear_error_db: linear } = life;
+function renderHealing({ mel_error_db: mel, linear_error_db: linear }) {
   if (!heal || mel === null) return setText("healing", "");
   heal.worst = { mel: Math.max(heal.worst.mel, mel), linear: Math.max(heal.worst.linear, linear) };
   const path = (name, now) => `${name} ${heal.before[name].toFixed(1)} before, ${heal.worst[name].toFixed(1)} at its worst, ${db(now)} now`;
@@ -994,7 +1040,7 @@ function renderListening() {
   enable("hear-wound", life?.wounded, "nothing was wounded");
   for (const key of $("keyboard").children) key.disabled = !life;
   setText("keyboard-note", sound.pitch_hz
-    ? `Keys A to K grow it at each pitch, from ${Math.round(sound.pitch_hz)} Hz up.`
+    ? `Keys A to K grow it at each pitch, from ${Math.round(sound.pitch_hz * 2 ** (state.shape.semitones / 12))} Hz up.`
     : "No steady pitch was found: the keys A to K play it faster, not grown anew.");
 }
 
@@ -1050,7 +1096,7 @@ function takeInWords({ age, seconds, semitones, mel_error_db: error }) {
 }
 
 async function drawTake(id, canvas) {
-  paint(canvas, await readFrame(await request(`api/take?id=${id}`)), "mel");
+  paint(canvas, readFrame(await request(`api/take?id=${id}`)), "mel");
 }
 
 function hearTake(id) {
@@ -1072,17 +1118,23 @@ async function pressTwice(button, deed) {
 // ---- The curve of the losses ---------------------------------------------------------------------------------------
 
 let lossEpoch = null;
+let losses = null;
 
 const curveWanted = () => state.learning && !$("studio").hidden && state.learning.epoch !== lossEpoch;
 
 async function loadLosses() {
   const epoch = state.learning.epoch;
-  const response = await request("api/losses", { timeout: 10000 });
-  drawCurve(await response.json());
+  losses = jsonOf(await request("api/losses", { timeout: 10000 }));
   lossEpoch = epoch;
+  drawCurve();
 }
 
-function drawCurve({ epoch, mel, linear }) {
+function redrawCurve() {
+  if (losses && $("curve").clientWidth) drawCurve();
+}
+
+function drawCurve() {
+  const { epoch, mel, linear } = losses;
   const canvas = $("curve");
   const ratio = window.devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
@@ -1090,9 +1142,9 @@ function drawCurve({ epoch, mel, linear }) {
   canvas.height = height * ratio;
   const context = canvas.getContext("2d");
   context.scale(ratio, ratio);
-  const values = [...mel, ...linear].filter((value) => value > 0).map(Math.log);
-  if (values.length < 4) return;
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const logs = [...mel, ...linear].filter((value) => value > 0).map(Math.log);
+  if (logs.length < 4) return;
+  const [low, high] = [Math.min(...logs), Math.max(...logs)];
   const [first, last] = [epoch[0], epoch.at(-1)];
   const x = (i) => ((epoch[i] - first) / Math.max(1, last - first)) * (width - 62) + 1;
   const y = (value) => 5 + (1 - (Math.log(value) - low) / Math.max(1e-6, high - low)) * (height - 10);
@@ -1101,15 +1153,15 @@ function drawCurve({ epoch, mel, linear }) {
   context.textBaseline = "middle";
   const ends = { mel: y(mel.at(-1)), linear: y(linear.at(-1)) };
   const crowded = Math.abs(ends.mel - ends.linear) < 11;
-  for (const [name, losses, color] of [["linear", linear, "--second"], ["mel", mel, "--accent"]]) {
+  for (const [name, values, color] of [["linear", linear, "--second"], ["mel", mel, "--accent"]]) {
     context.strokeStyle = context.fillStyle = style.getPropertyValue(color);
     context.lineWidth = 1.5;
     context.beginPath();
-    losses.forEach((value, i) => { if (value > 0) context.lineTo(x(i), y(value)); });
+    values.forEach((value, i) => { if (value > 0) context.lineTo(x(i), y(value)); });
     context.stroke();
     const lower = crowded && ends[name] >= ends[name === "mel" ? "linear" : "mel"];
     const at = crowded ? ends[name] + (lower ? 6 : -6) : ends[name];
-    context.fillText(`${name} ${losses.at(-1).toPrecision(2)}`, width - 57, clamp(at, 6, height - 6));
+    context.fillText(`${name} ${values.at(-1).toPrecision(2)}`, width - 57, clamp(at, 6, height - 6));
   }
   canvas.setAttribute("aria-label", `Losses after ${last} epochs: mel ${mel.at(-1).toPrecision(2)}, linear ${linear.at(-1).toPrecision(2)}`);
 }
@@ -1119,9 +1171,9 @@ function drawCurve({ epoch, mel, linear }) {
 async function download(button, path) {
   button.setAttribute("aria-busy", "true");
   await attempt(async () => {
-    const response = await request(path);
-    const name = /filename="?([^";]+)"?/.exec(response.headers.get("Content-Disposition") ?? "")?.[1] ?? "fastnca";
-    save(await response.blob(), name);
+    const { headers, buffer } = await request(path);
+    const name = /filename="?([^";]+)"?/.exec(headers.get("Content-Disposition") ?? "")?.[1] ?? "fastnca";
+    save(new Blob([buffer], { type: headers.get("Content-Type") }), name);
   });
   button.removeAttribute("aria-busy");
 }
@@ -1135,13 +1187,12 @@ function save(blob, name) {
 }
 
 let commandOf = null;
-const commandKey = () => JSON.stringify([openSound, state.shape, state.learning?.status, state.version]);
-const commandWanted = () => state.life && !state.life.running && !$("studio").hidden && commandKey() !== commandOf;
+const commandKey = () => JSON.stringify([openSound, state.shape, state.learning?.status, !state.life.running && state.version]);
+const commandWanted = () => state.life && !$("studio").hidden && commandKey() !== commandOf;
 
 async function loadCommand() {
   commandOf = commandKey();
-  const response = await request("api/export?what=command", { timeout: 10000 });
-  setText("command", (await response.text()).trim());
+  setText("command", textOf(await request("api/export?what=command", { timeout: 10000 })).trim());
 }
 
 async function copyCommand() {
@@ -1174,13 +1225,18 @@ async function begin(deed, words) {
   }
 }
 
-function upload(file, name = file.name) {
+function upload(file) {
+  const { name } = file;
   return attempt(() => begin(async () => {
     if (!file.size) throw new Refused(`${name} is empty.`);
-    const number = ++requests;
-    const response = await request(`api/recording?name=${encodeURIComponent(name)}`, { body: file });
-    accept(await response.json(), number);
+    await postAny(`api/recording?name=${encodeURIComponent(name)}`, { body: file }).catch((error) => explainBrokenUpload(error, name));
   }, `Reading ${name} …`));
+}
+
+// A server that refuses a large file before it has come ends the connection, which looks as if it were gone.
+async function explainBrokenUpload(error, name) {
+  if (error instanceof Gone) await refresh();
+  throw error instanceof Gone ? new Refused(`${name} was not taken: the server ended the transfer. Is it too large?`) : error;
 }
 
 let dragDepth = 0;
@@ -1275,7 +1331,11 @@ function encodeWav(samples, rate) {
 
 const click = (id, deed) => $(id).addEventListener("click", deed);
 const clickPost = (id, path, json) => click(id, () => attempt(() => post(path, json)));
-const lifeAction = (json) => attempt(() => post("life", json));
+
+function lifeAction(json) {
+  if (json.action === "restart" || json.action === "empty") heal = null;
+  return attempt(() => post("life", json));
+}
 
 function slider(id, shown, send) {
   const newest = newestOnly(send);
@@ -1364,6 +1424,7 @@ function wantsSpace(control) {
 
 function onKey(event) {
   const { target } = event;
+  if (event.key === "Enter" && isTyping(target)) return target.blur();
   if (event.key === "Tab") lastInput = "keyboard";
   if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !isTyping(target)) {
     event.preventDefault();
@@ -1413,6 +1474,7 @@ function wireKeys() {
     if (note >= 0 && event.key.length === 1) noteOff(note);
   });
   document.addEventListener("pointerdown", () => { lastInput = "pointer"; }, true);
+  for (const select of all("select")) select.addEventListener("change", () => { if (lastInput === "pointer") select.blur(); });
   window.addEventListener("blur", () => [...held.keys()].forEach(noteOff));
 }
 
@@ -1429,6 +1491,8 @@ listenToDrops();
 explainMicrophone();
 chooseTool("listen");
 showBrushSize();
+new ResizeObserver(redrawCurve).observe($("curve"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawCurve);
 window.studio = { samplesPlayed: () => Math.round(samples) };
 keepPolling();
 keepDrawing();
