@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import secrets
@@ -176,11 +177,14 @@ class Studio:
     # Sounds
 
     def sounds(self):
-        """[(name, numbers)] of the folder."""
+        """What the page lists: name, epochs and error (None where it is not known) of each sound of the folder."""
         found = []
         for folder in sorted(self.path.iterdir()):
             if folder.is_dir() and not folder.name.startswith(".") and (_recording(folder) or _has_model(folder)):
-                found.append({"name": folder.name})
+                numbers = {}
+                with contextlib.suppress(OSError, ValueError):
+                    numbers = json.loads((folder / "metrics.json").read_bytes())
+                found.append({"name": folder.name, **{key: numbers.get(key) for key in ("epochs", "mel_l1_db")}})
         return found
 
     def add_upload(self, name, write, **settings):

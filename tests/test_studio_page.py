@@ -1,0 +1,183 @@
+"""The studio's page in a headless Chromium, as a person uses it. FASTNCA_SCREENSHOTS=folder keeps a picture of each
+state."""
+
+import io
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from test_studio import running_studio, wait
+
+from fastnca.sound.convention import SAMPLE_RATE
+from fastnca.sound.files import write_wav
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'fastnca[test]'")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install the Debian package chromium")
+FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+
+
+@contextmanager
+def browser():
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@contextmanager
+def page_of(opened, address, complaints, **options):
+    """A page on which whatever is said on the console, thrown or asked of another server is a complaint."""
+    page = opened.new_page(**{"viewport": {"width": 1280, "height": 720}, **options})
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "request", lambda request: request.url.startswith((address, "data:", "blob:")) or complaints.append(request.url)
+    )
+    page.goto(address)
+    yield page
+    page.close()
+
+
+def keep_picture(page, name, **options):
+    if folder := os.environ.get("FASTNCA_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"studio-{name}.png", **options)
+
+
+def number(page, selector):
+    """The first number in an element's text, NaN where there is none."""
+    found = re.search(r"-?\d+(\.\d+)?", page.inner_text(selector))
+    return float(found[0]) if found else float("nan")
+
+
+def healing(page):
+    """The mel errors in dB before the wound, at its worst, and now; None where the page does not tell."""
+    found = re.search(r"mel ([\d.]+) before, ([\d.]+) at its worst, ([\d.]+) dB now", page.inner_text("#healing"))
+    return found and [float(error) for error in found.groups()]
+
+
+def pixels(page, selector):
+    return page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
+
+
+def stroke(page, selector, begin, end):
+    """Drags the mouse between two places of an element, (x, y) as shares of its sides."""
+    box = page.locator(selector).bounding_box()
+    (x0, y0), (x1, y1) = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (begin, end)]
+    page.mouse.move(x0, y0)
+    page.mouse.down()
+    page.mouse.move(x1, y1, steps=6)
+    page.mouse.up()
+
+
+def downloaded(page, selector):
+    with page.expect_download(timeout=60_000) as download:
+        page.click(selector)
+    return Path(download.value.path()).read_bytes(), download.value.suggested_filename
+
+
+@pytest.fixture
+def tone(tmp_path):
+    """0.2 s of a tone with partials that fade one after the other."""
+    t = np.arange(4096) / SAMPLE_RATE
+    partials = [np.sin(2 * np.pi * 441 * k * t) * np.exp(-3 * k * t) / k for k in range(1, 6)]
+    write_wav(tmp_path / "tone.wav", 0.3 * sum(partials))
+    return tmp_path / "tone.wav"
+
+
+def test_a_sound_is_dropped_grows_is_wounded_and_heals(tone, tmp_path):
+    complaints = []
+    with running_studio(tmp_path / "studio", "--vocoder", "griffinlim") as (_, address), browser() as opened:
+        with page_of(opened, address, complaints) as page:
+            keep_picture(page, "begin")
+            page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
+            wait(lambda: "not audio" in page.inner_text("#error"))
+            keep_picture(page, "error")
+            complaints.clear()  # Chromium logs every answer of 400
+            page.click("#dismiss")
+
+            # Dropped, it begins to learn, and the error falls.
+            transfer = page.evaluate_handle(
+                """bytes => { const data = new DataTransfer();
+                data.items.add(new File([new Uint8Array(bytes)], "tone.wav", {type: "audio/wav"})); return data; }""",
+                list(tone.read_bytes()),
+            )
+            page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+            page.wait_for_selector("#grown-mel", state="visible", timeout=60_000)
+            first = wait(lambda: number(page, "#mel-error") > 0 and number(page, "#mel-error"))
+            wait(lambda: number(page, "#mel-error") < min(3.0, first / 2), seconds=120)
+            keep_picture(page, "learning")
+
+            # It can be heard, while it learns.
+            page.keyboard.press("Space")
+            wait(lambda: float(page.get_attribute("#play", "data-peak")) > 0.01)
+            assert page.get_attribute("#play", "data-state") == "playing"
+            page.keyboard.press("Space")
+            wait(lambda: page.get_attribute("#play", "data-state") == "stopped")
+
+            # A wound is seen at once, and heals.
+            page.click("#pause-learning")
+            wait(lambda: page.inner_text("#alive").startswith("100"))
+            page.click("[data-tool=erase]")
+            before = pixels(page, "#grown-mel")
+            stroke(page, "#grown-mel", (0.1, 0.6), (0.9, 0.9))
+            wait(lambda: pixels(page, "#grown-mel") != before, seconds=5)
+            keep_picture(page, "wound")
+            page.click("#hear-wound")
+            wait(lambda: healing(page) and healing(page)[1] > healing(page)[0])
+            wait(lambda: healing(page)[2] < 1.05 * healing(page)[0])
+            keep_picture(page, "healed")
+
+            # Taken back, kept, and grown from a seed.
+            page.keyboard.press("Control+z")
+            page.click("#keep")
+            page.wait_for_selector("#takes [data-take]")
+            page.click("#empty")
+            wait(lambda: page.inner_text("#alive").startswith("0"))
+            page.click("[data-tool=seed]")
+            stroke(page, "#grown-mel", (0.5, 0.5), (0.5, 0.5))
+            wait(lambda: number(page, "#alive") > 1)
+            keep_picture(page, "seed")
+            page.click("#restart-many")
+            wait(lambda: page.inner_text("#alive").startswith("100"))
+
+            # What is taken away decodes.
+            for button, subtype in (("#wav16", "PCM_16"), ("#wav32", "FLOAT")):
+                content, name = downloaded(page, button)
+                assert name.endswith(".wav")
+                with soundfile.SoundFile(io.BytesIO(content)) as file:
+                    assert file.subtype == subtype and np.abs(file.read()).max() > 0.01
+            assert downloaded(page, "#model-file")[1].endswith(".safetensors")
+            assert downloaded(page, "#gif")[0][:3] == b"GIF"
+
+            # On a phone, in the dark, everything is there.
+            page.emulate_media(color_scheme="dark")
+            keep_picture(page, "dark")
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            keep_picture(page, "phone", full_page=True)
+
+            # A second tab shows the same.
+            with page_of(opened, address, complaints) as second:
+                second.wait_for_selector("#grown-mel", state="visible")
+                assert second.inner_text("#sound-name") == page.inner_text("#sound-name") == "tone"
+    assert complaints == []
+
+
+def test_the_server_goes_and_comes_back(tone, tmp_path):
+    with browser() as opened:
+        with running_studio(tmp_path / "studio", tone, "--vocoder", "griffinlim") as (_, address):
+            page = opened.new_page()
+            page.goto(address)
+            page.wait_for_selector("#grown-mel", state="visible", timeout=60_000)
+        wait(lambda: page.get_attribute("body", "data-server") == "gone")
+        assert page.inner_text("#error")
+        keep_picture(page, "gone")
+        with running_studio(tmp_path / "studio", "--vocoder", "griffinlim", port=re.search(r":(\d+)/", address)[1]):
+            wait(lambda: page.get_attribute("body", "data-server") == "there")
+            wait(lambda: page.inner_text("#sound-name") == "tone" and number(page, "#age") >= 2)
