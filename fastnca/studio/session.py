@@ -107,7 +107,8 @@ class Learning:
         """End at once, with a checkpoint and without decoding."""
         self._leaving = True
         self.growth.stop()
-        self._thread.join()
+        while self.running and self.status != "finishing":  # what decodes is left to itself: its files are whole or not
+            self._thread.join(0.05)
 
     def report(self):
         trainer = self.growth.trainer
@@ -348,7 +349,7 @@ class Studio:
         elif self.name:
             with contextlib.suppress(OSError):
                 rows = read_losses((self.path / self.name / LOSSES_FILE).read_bytes())
-        rows = rows[:: max(1, -(-len(rows) // CURVE_POINTS))]
+        rows = rows[::-1][:: max(1, -(-len(rows) // CURVE_POINTS))][::-1]
         names = {"epoch": "epoch", "mel": "mel_l1_db", "linear": "linear_l1_db"}
         columns = {name: [] for name in names}
         for row in rows:
