@@ -104,12 +104,15 @@ function clearError() {
   if (!isGone()) $("error").hidden = true;
 }
 
+let lostServer = null; // its name while it is gone: another afterwards has started anew
+
 const isGone = () => document.body.dataset.server === "gone";
 
 function markGone() {
   if (isGone()) return;
-  showError("The server does not answer. Nothing that was learned is lost: it is in the studio's folder. Trying again every second …");
+  showError("The server does not answer. Nothing that it has saved in the studio's folder is lost. Trying again every second …");
   $("dismiss").hidden = true;
+  lostServer = state?.server;
   document.body.dataset.server = "gone";
 }
 
@@ -117,7 +120,7 @@ async function markThere() {
   if (!isGone()) return;
   document.body.dataset.server = "there";
   clearError();
-  await tell("The server is back, and nothing is lost.");
+  await tell(state.server === lostServer ? "The server is back, and nothing is lost." : "The server has started anew, and goes on from what it had saved.");
 }
 
 async function tell(text) {
@@ -503,10 +506,11 @@ async function play(of = $("listen-to").value, share = 0, query, known = null) {
   const number = ++wanted;
   const { context } = audioOutput();
   $("play").setAttribute("aria-busy", "true");
+  setText("playing", `Preparing ${caption(of)} …`);
   const [sound] = await attempt(() => Promise.all([known ?? loadSound(of, query), equalPartner(of)])) ?? [];
   if (number !== wanted) return;
   $("play").removeAttribute("aria-busy");
-  if (!sound) return;
+  if (!sound) return showPlaying();
   voices.splice(0).forEach(silence);
   const loop = $("loop").checked && of !== "growth";
   voices.push(makeVoice(of, sound, context.currentTime + 0.01, share * sound.buffer.duration, loop));
@@ -565,6 +569,8 @@ function playingShare() {
   return (Math.max(0, audio.context.currentTime - voice.begins) / voice.seconds) % 1;
 }
 
+const caption = (of) => CAPTIONS[of.split(" ")[0]];
+
 function showPlaying() {
   const playing = isPlaying();
   if ($("play").dataset.state !== (playing ? "playing" : "stopped")) {
@@ -573,7 +579,7 @@ function showPlaying() {
     $("play").querySelector("span").textContent = playing ? "Stop" : "Play";
     if (playing) startFollowing();
   }
-  $("playing").textContent = playing ? `Playing ${CAPTIONS[voices[0].of.split(" ")[0]]}` : "";
+  setText("playing", playing ? `Playing ${caption(voices[0].of)}` : "");
   for (const button of all(".take-play")) button.toggleAttribute("data-playing", playing && voices[0].of === `take ${button.dataset.id}`);
   if (!playing) for (const { playhead } of grids) playhead.hidden = true;
 }
@@ -1157,7 +1163,7 @@ function drawCurve() {
   const logs = [...mel, ...linear].filter((value) => value > 0).map(Math.log);
   const [low, high] = [Math.min(...logs), Math.max(...logs)];
   const [first, last] = [epoch[0], epoch.at(-1)];
-  const x = (i) => ((epoch[i] - first) / Math.max(1, last - first)) * (width - 74) + 1;
+  const x = (i) => ((epoch[i] - first) / Math.max(1, last - first)) * (width - 86) + 1;
   const y = (value) => 5 + (1 - (Math.log(value) - low) / Math.max(1e-6, high - low)) * (height - 10);
   const style = getComputedStyle(document.documentElement);
   context.font = "10px system-ui, sans-serif";
@@ -1172,7 +1178,7 @@ function drawCurve() {
     context.stroke();
     const lower = crowded && ends[name] >= ends[name === "mel" ? "linear" : "mel"];
     const at = crowded ? ends[name] + (lower ? 6 : -6) : ends[name];
-    context.fillText(`${name} ${db(values.at(-1))}`, width - 69, clamp(at, 6, height - 6));
+    context.fillText(`${name} ${db(values.at(-1))}`, width - 81, clamp(at, 6, height - 6));
   }
   canvas.setAttribute("aria-label", `Losses after ${last} epochs: mel ${db(mel.at(-1))}, linear ${db(linear.at(-1))}`);
 }
