@@ -104,12 +104,15 @@ function clearError() {
   if (!isGone()) $("error").hidden = true;
 }
 
+let lostServer = null; // its name while it is gone: another afterwards has started anew
+
 const isGone = () => document.body.dataset.server === "gone";
 
 function markGone() {
   if (isGone()) return;
-  showError("The server does not answer. Nothing that was learned is lost: it is in the studio's folder. Trying again every second …");
+  showError("The server does not answer. Nothing that it has saved in the studio's folder is lost. Trying again every second …");
   $("dismiss").hidden = true;
+  lostServer = state?.server;
   document.body.dataset.server = "gone";
 }
 
@@ -117,7 +120,7 @@ async function markThere() {
   if (!isGone()) return;
   document.body.dataset.server = "there";
   clearError();
-  await tell("The server is back, and nothing is lost.");
+  await tell(state.server === lostServer ? "The server is back, and nothing is lost." : "The server has started anew, and goes on from what it had saved.");
 }
 
 async function tell(text) {
@@ -169,7 +172,7 @@ let shownMessage = null;
 let shownFailure = null;
 let openSound = null;
 
-const soundKey = () => state?.sound ? [state.server, state.sound.name, state.sound.note, state.sound.has_target].join("|") : null;
+const soundKey = () => state?.sound ? [state.server, state.sound.name, state.sound.has_target].join("|") : null;
 
 function accept(newState, number) {
   if (number < newestState) return;
@@ -184,7 +187,7 @@ function changeSound() {
   openSound = soundKey();
   choosing = false;
   heal = null;
-  drawn = { version: null, asked: null, view: null, number: requests + 1 }; // no frame asked for before is drawn
+  drawn = nothingDrawn();
   sounds.clear();
   notes.clear();
   stop();
@@ -195,7 +198,7 @@ function changeSound() {
 function showMessages() {
   const message = state.message && `${state.server} ${state.message.id}`;
   if (message && message !== shownMessage) showError(state.message.text);
-  shownMessage = message ?? shownMessage;
+  shownMessage = message;
   const failure = state.learning?.error ?? null;
   if (failure && failure !== shownFailure) showError(failure);
   shownFailure = failure;
@@ -368,23 +371,34 @@ function readOut({ side, grid }, [band, time]) {
 
 // ---- Frames: the next is asked for when the last is drawn ----------------------------------------------------------
 
-let drawn = { version: null, asked: null, view: null, number: 0 };
+// gap, next: how long to wait, and until when, before asking whether life has gone on meanwhile.
+const nothingDrawn = () => ({ version: null, asked: null, view: null, number: requests + 1, gap: FRAME_MS, next: 0 });
+
+let drawn = nothingDrawn();
 
 const viewQuery = () => $("view").value === "hidden" ? `view=hidden&channel=${clamp(Number($("channel").value) || 2, 2, 15)}` : `view=${$("view").value}`;
 
 function frameWanted() {
   if (!state?.life || isGone() || stroke.sending || $("studio").hidden) return false;
-  if (state.life.running || drawn.view !== viewQuery()) return true;
+  if (drawn.view !== viewQuery()) return true;
   const version = String(state.version);
-  return version !== drawn.version && version !== drawn.asked;
+  if (version !== drawn.version && version !== drawn.asked) return true;
+  return state.life.running && performance.now() >= drawn.next;
 }
 
 async function drawNext() {
   const number = ++requests;
   const [view, asked] = [viewQuery(), String(state.version)];
   const picture = readFrame(await request(`api/frame?${view}`, { timeout: 20000 }), $("view").value);
+  waitLonger(picture.version === drawn.version);
   drawFrame(picture, number, view);
   drawn.asked = asked;
+}
+
+// Life that runs may rest. Then the next frame is asked for later and later, and at last only when the state says so.
+function waitLonger(resting) {
+  drawn.gap = resting ? 2 * drawn.gap : FRAME_MS;
+  drawn.next = drawn.gap > POLL_MS ? Infinity : performance.now() + drawn.gap - FRAME_MS;
 }
 
 function drawFrame(picture, number, view) {
@@ -492,10 +506,11 @@ async function play(of = $("listen-to").value, share = 0, query, known = null) {
   const number = ++wanted;
   const { context } = audioOutput();
   $("play").setAttribute("aria-busy", "true");
+  setText("playing", `Preparing ${caption(of)} …`);
   const [sound] = await attempt(() => Promise.all([known ?? loadSound(of, query), equalPartner(of)])) ?? [];
   if (number !== wanted) return;
   $("play").removeAttribute("aria-busy");
-  if (!sound) return;
+  if (!sound) return showPlaying();
   voices.splice(0).forEach(silence);
   const loop = $("loop").checked && of !== "growth";
   voices.push(makeVoice(of, sound, context.currentTime + 0.01, share * sound.buffer.duration, loop));
@@ -554,6 +569,8 @@ function playingShare() {
   return (Math.max(0, audio.context.currentTime - voice.begins) / voice.seconds) % 1;
 }
 
+const caption = (of) => CAPTIONS[of.split(" ")[0]];
+
 function showPlaying() {
   const playing = isPlaying();
   if ($("play").dataset.state !== (playing ? "playing" : "stopped")) {
@@ -562,7 +579,7 @@ function showPlaying() {
     $("play").querySelector("span").textContent = playing ? "Stop" : "Play";
     if (playing) startFollowing();
   }
-  $("playing").textContent = playing ? `Playing ${CAPTIONS[voices[0].of.split(" ")[0]]}` : "";
+  setText("playing", playing ? `Playing ${caption(voices[0].of)}` : "");
   for (const button of all(".take-play")) button.toggleAttribute("data-playing", playing && voices[0].of === `take ${button.dataset.id}`);
   if (!playing) for (const { playhead } of grids) playhead.hidden = true;
 }
@@ -971,10 +988,10 @@ function renderLearning() {
   const known = learning?.mel_l1_db ?? null;
   setText("mel-error", known === null ? "" : `mel ${db(known)}`);
   $("progress").value = learning?.progress ?? 0;
-  $("progress").hidden = $("curve").hidden = !learning;
+  $("progress").hidden = !learning;
   const going = status === "learning";
-  setText("pause-learning", going || !learning ? "Pause" : "Go on");
-  enable("pause-learning", ["learning", "paused", "stopped", "failed"].includes(status), learning ? "it has finished" : "nothing is being learned");
+  setText("pause-learning", status === "paused" ? "Go on" : "Pause");
+  enable("pause-learning", going || status === "paused", learning ? "it has ended; 5 minutes longer goes on" : "nothing is being learned");
   enable("stop-learning", going || status === "paused", "nothing is being learned");
   enable("longer", sound.has_target && status !== "finishing", sound.has_target ? "it is just finishing" : "there is no recording to learn from");
 }
@@ -1117,20 +1134,21 @@ async function pressTwice(button, deed) {
 
 // ---- The curve of the losses ---------------------------------------------------------------------------------------
 
-let lossEpoch = null;
-let losses = null;
+let losses = { epoch: [], mel: [], linear: [] };
+let lossesOf = null;
 
-const curveWanted = () => state.learning && !$("studio").hidden && state.learning.epoch !== lossEpoch;
+const lossesKey = () => `${openSound} ${state.learning?.epoch}`;
+const curveWanted = () => state.sound && !$("studio").hidden && lossesKey() !== lossesOf;
 
 async function loadLosses() {
-  const epoch = state.learning.epoch;
+  lossesOf = lossesKey();
   losses = jsonOf(await request("api/losses", { timeout: 10000 }));
-  lossEpoch = epoch;
-  drawCurve();
+  $("curve").hidden = losses.epoch.length < 2;
+  redrawCurve();
 }
 
 function redrawCurve() {
-  if (losses && $("curve").clientWidth) drawCurve();
+  if ($("curve").clientWidth && losses.epoch.length > 1) drawCurve();
 }
 
 function drawCurve() {
@@ -1143,10 +1161,9 @@ function drawCurve() {
   const context = canvas.getContext("2d");
   context.scale(ratio, ratio);
   const logs = [...mel, ...linear].filter((value) => value > 0).map(Math.log);
-  if (logs.length < 4) return;
   const [low, high] = [Math.min(...logs), Math.max(...logs)];
   const [first, last] = [epoch[0], epoch.at(-1)];
-  const x = (i) => ((epoch[i] - first) / Math.max(1, last - first)) * (width - 62) + 1;
+  const x = (i) => ((epoch[i] - first) / Math.max(1, last - first)) * (width - 86) + 1;
   const y = (value) => 5 + (1 - (Math.log(value) - low) / Math.max(1e-6, high - low)) * (height - 10);
   const style = getComputedStyle(document.documentElement);
   context.font = "10px system-ui, sans-serif";
@@ -1161,9 +1178,9 @@ function drawCurve() {
     context.stroke();
     const lower = crowded && ends[name] >= ends[name === "mel" ? "linear" : "mel"];
     const at = crowded ? ends[name] + (lower ? 6 : -6) : ends[name];
-    context.fillText(`${name} ${values.at(-1).toPrecision(2)}`, width - 57, clamp(at, 6, height - 6));
+    context.fillText(`${name} ${db(values.at(-1))}`, width - 81, clamp(at, 6, height - 6));
   }
-  canvas.setAttribute("aria-label", `Losses after ${last} epochs: mel ${mel.at(-1).toPrecision(2)}, linear ${linear.at(-1).toPrecision(2)}`);
+  canvas.setAttribute("aria-label", `Losses after ${last} epochs: mel ${db(mel.at(-1))}, linear ${db(linear.at(-1))}`);
 }
 
 // ---- Out -----------------------------------------------------------------------------------------------------------
