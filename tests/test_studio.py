@@ -63,7 +63,7 @@ class TestStage:
         rows, columns = changed.nonzero().T
         assert not linear[0, :, changed].any()
         assert rows.min() >= 0.4 * 513 - 1 and rows.max() <= 0.6 * 513 and columns.max() <= 3
-        assert stage.wounded is stage.now
+        assert stage.wounded[1] is stage.now
 
     def test_both_grids_lose_the_same_hertz(self, stage):
         stage.live(14)

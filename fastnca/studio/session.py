@@ -159,7 +159,6 @@ class Studio:
         self._opening = threading.Lock()  # one sound is opened at a time
         self._decoding = threading.Lock()  # and one decoded
         self._decoded = OrderedDict()
-        self._target_samples = None
         self._watched = self._rule_at = 0.0
         self._closed = threading.Event()
         self._life = threading.Thread(target=self._live, name="fastnca-life", daemon=True)
@@ -298,7 +297,6 @@ class Studio:
                 self._leave()
                 self._show(name, Stage(model, target), None)
                 self.note = f"learned for {model.card.epochs} epochs"
-            self._target_samples = None
 
     def _learn(self, folder, recording, resume, **settings):
         growth, run = prepare(recording, folder, resume=resume, checkpoint_every_epochs=CHECKPOINT_EPOCHS, **settings)
@@ -561,8 +559,12 @@ class Studio:
         "wounded", as it was right after the last wound; "growth", its stages one after the other; "take"."""
         stage = self.open_stage()
         with self._decoding:
-            version = self._take_path(number).stat().st_mtime_ns if of == "take" else stage.version
-            key = of, number, float(semitones), 0 if of == "target" else version
+            version = stage.version
+            if of == "take":
+                version = self._take_path(number).stat().st_mtime_ns
+            elif of == "wounded" and stage.wounded:
+                version = stage.wounded[0]
+            key = of, number, float(semitones), None if of == "target" else version
             if key in self._decoded:
                 return self._decoded[key]
             if of == "grown":
@@ -574,7 +576,7 @@ class Studio:
             elif of == "wounded":
                 if stage.wounded is None:
                     raise ValueError("nothing has been wounded yet")
-                samples = stage.heard(stage.wounded).samples
+                samples = stage.heard(stage.wounded[1]).samples
             elif of == "take":
                 samples = stage.heard(self.kept(number)).samples
             elif of == "growth":

@@ -1,6 +1,7 @@
 """The stage: both grids of one sound as they live, and everything that a person can do to them."""
 
 import contextlib
+import itertools
 import math
 import threading
 from bisect import bisect_right
@@ -22,6 +23,7 @@ MEMORY = 256 * 2**20  # bytes of states that can be gone back to, by age, and as
 MAX_STATES = 64
 BRUSH_DB = 3.0  # of one touch
 NOISE = 0.5  # standard deviation, in the state's own units
+_versions = itertools.count(1)
 BRUSHES = ("erase", "noise", "quieter", "louder", "protect", "unprotect")
 
 
@@ -56,9 +58,9 @@ class Stage:
 
     def __init__(self, model, target=None):
         self.model, self.target = model, target
-        self.version = 0  # another number whenever something that can be seen has changed
+        self.version = next(_versions)  # another number whenever something that can be seen has changed, on any stage
         self.touched = 0  # the age at which a person last did something
-        self.wounded = None  # the Moment right after the last stroke that took something away
+        self.wounded = None  # (version, Moment) right after the last stroke that took something away
         self.now = None
         self._lock = threading.RLock()
         self._past = {}  # {age: Moment}, thinned out
@@ -123,7 +125,7 @@ class Stage:
     def _note(self):
         """Keep what lives now to go back to, and of the past no more than the memory allows: every second is dropped
         until it fits."""
-        self.version += 1
+        self.version = next(_versions)
         self._seen = None
         self._past[self.now.age] = self.now
         while len(self._past) > max(4, min(MAX_STATES, MEMORY // self.now.nbytes)):
@@ -143,7 +145,7 @@ class Stage:
                 self._tables = None
             self.now = near
             self.now = self._lived(near, age - near.age)
-            self.version += 1
+            self.version = next(_versions)
             self._seen = None
 
     # What a person does
@@ -246,7 +248,7 @@ class Stage:
                 return
             self._change(masks, {"erase": torch.zeros_like, "noise": _noisy}.get(mode) or _louder(mode))
         if mode in ("erase", "noise", "quieter"):
-            self.wounded = self.now
+            self.wounded = self.version, self.now
 
     def region(self, action, grid="mel", begin=None, end=None):
         """What a rectangle of a grid, and the same times and frequencies of the other, has to do.
@@ -275,7 +277,7 @@ class Stage:
                 self._change(masks, torch.zeros_like)
                 self.now = replace(self.now, held=tuple(~mask for mask in masks))
         if action == "regrow":
-            self.wounded = self.now
+            self.wounded = self.version, self.now
 
     @on_cpu
     def shape(self, semitones=None, seconds=None, time=None):
