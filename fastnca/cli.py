@@ -168,6 +168,13 @@ def _grow(audio, out, tensorboard=False, **options):
         raise typer.Exit(130)
 
 
+def _default_folder(audio):
+    name = f"fastnca-{audio.stem}"
+    while len(os.fsencode(name)) > 255:  # the longest name that a file system takes
+        name = name[:-1]
+    return Path(name)
+
+
 @app.command()
 def grow(
     audio: Annotated[Path, typer.Argument(help="The recording to grow: any file that soundfile or librosa reads.")],
@@ -198,7 +205,7 @@ def grow(
     """
     _grow(
         audio,
-        out or Path(f"fastnca-{audio.stem}"),
+        out or _default_folder(audio),
         tensorboard=tensorboard,
         epochs=epochs,
         minutes=minutes,
@@ -341,11 +348,11 @@ def life(
             minutes_left = (time.monotonic() - start) * (1.0 / share - 1.0) / 60
             show(share, f"{text}, {minutes_left:.1f} min left")
 
-        measured, folder = examine(path, target, until=until, backend=backend, on_progress=on_progress)
+        measured, written = examine(path, target, until=until, backend=backend, on_progress=on_progress)
     console = Console(highlight=False)
     for part in _life_report(measured):
         console.print(part)
-    typer.echo(f"{folder / 'life.json'} and {folder / 'life.png'} say and show the same")
+    typer.echo(f"written: {', '.join(map(str, written))}")
 
 
 def _life_report(life):

@@ -95,7 +95,7 @@ def generate(
             raise FileExistsError(f"{path} belongs to the run in that folder; choose another name with -o")
 
     total = max(1, plan.num_steps + (heal if box else 0))
-    written = [out, beside(".png")]
+    written = [out]
     heard = []
     seen = set(_stages(plan.num_steps, MAX_PICTURES)) if video else set()
     sounding = set(_stages(plan.num_steps, STAGES)) if hear_growth else set()
@@ -136,8 +136,8 @@ def generate(
             after.save(written[-1])
         if on_step:
             on_step(total, total)
-    save_picture(written[1], rows)
-    return [path for path in written if path.exists()], sound
+    written[1:1] = save_picture(beside(".png"), rows)
+    return written, sound
 
 
 def _stages(num_steps, count):

@@ -60,10 +60,11 @@ class Life:
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "picture"}
 
     def save(self, folder):
-        """Write ``life.json`` and ``life.png``, each atomically."""
-        with atomic_write(Path(folder) / "life.json") as file:
+        """Write ``life.json`` and ``life.png``, each atomically. Returns the paths of what was written."""
+        path = Path(folder) / "life.json"
+        with atomic_write(path) as file:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
-        save_life(Path(folder) / "life.png", self.picture)
+        return [path, *save_life(Path(folder) / "life.png", self.picture)]
 
 
 class _Course:
@@ -239,7 +240,8 @@ def find_target(model_file, card, target=None):
 
 
 def examine(path, target=None, *, until=AGES[-1], backend="auto", on_progress=None):
-    """Measure how alive a learned sound is -> (Life, the folder of life.json and life.png: that of the model file).
+    """Measure how alive a learned sound is -> (Life, the paths of what was written: life.json and life.png, beside the
+    model file).
 
     Args:
         path: the folder that ``fastnca grow`` wrote, or a model file. target: see :func:`find_target`.
@@ -252,5 +254,4 @@ def examine(path, target=None, *, until=AGES[-1], backend="auto", on_progress=No
     model_file = find_model_file(path)
     model = load(model_file, backend=backend, vocoder="griffinlim")  # nothing is decoded
     life = measure(model, find_target(model_file, model.card, target), ages, HEALING, on_progress)
-    life.save(model_file.parent)
-    return life, model_file.parent
+    return life, life.save(model_file.parent)

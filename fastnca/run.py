@@ -133,13 +133,13 @@ class RunFolder:
                 self._save_model(growth)
                 (self.path / "progress").mkdir(exist_ok=True)
                 write_wav(self.path / "target.wav", growth.samples)
+                save_picture(self.path / "target.png", [("target", growth.target)])
             except BaseException:
                 if not self._goes_on:
                     self._clear()  # or nothing could begin here
                 raise
         except OSError as error:
             raise OSError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
-        save_picture(self.path / "target.png", [("target", growth.target)])
 
     def _clear(self):
         for name in reversed(RUN_FILES):  # the checkpoint last: until then it is a run

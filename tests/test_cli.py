@@ -84,6 +84,13 @@ class TestGrow:
         assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "run/generated.wav").read_bytes()
         assert not list(tmp_path.rglob("*.png"))
 
+    def test_a_long_name_gives_a_folder_that_can_be(self, note, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        long = note.rename(tmp_path / f"{'ü' * 125}.wav")
+        result = fastnca_cli("grow", long.name, "--epochs", 1, "--vocoder", "griffinlim")
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / f"fastnca-{'ü' * 123}" / "generated.wav").exists()
+
     def test_ends_by_minutes(self, note, tmp_path):
         result = grow(note, tmp_path / "run", "--minutes", 0.001)
         assert result.exit_code == 0, result.stderr

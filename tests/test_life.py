@@ -130,9 +130,10 @@ def test_command_on_a_model_of_version_2(tmp_path, monkeypatch):
     monkeypatch.setattr(life, "AGES", (2,))
     monkeypatch.setattr(life, "HEALING", (1,))
     monkeypatch.setattr(life, "SETTLING_STEPS", 1)
-    monkeypatch.setattr(life, "save_life", lambda path, picture: None)
-    result = life_cli(tmp_path / "old.safetensors", "--target", tmp_path / "recording.wav", "--until", 2)
-    assert result.exit_code == 0, result.stderr
+    monkeypatch.setattr("fastnca.sound.pictures._draw_life", None)
+    with pytest.warns(UserWarning, match="life.png could not be drawn"):
+        result = life_cli(tmp_path / "old.safetensors", "--target", tmp_path / "recording.wav", "--until", 2)
+    assert result.exit_code == 0 and result.stdout.splitlines()[-1] == f"written: {tmp_path / 'life.json'}"
     assert json.loads((tmp_path / "life.json").read_text())["n_frames"] == 88
 
 

@@ -141,7 +141,7 @@ class TestGoingOn:
         fastnca.grow(finished[0], tmp_path, resume=True)
         assert kept.value.__traceback__
 
-    @pytest.mark.parametrize("fitting", [0, 2])
+    @pytest.mark.parametrize("fitting", [0, 2, 4])
     def test_a_disk_that_is_full_at_the_start(self, finished, tmp_path, monkeypatch, fitting):
         """So many files fit; then every command finds a folder that it can use."""
         real_fsync, count = os.fsync, iter(range(1000))

@@ -14,11 +14,12 @@ GIF_FRAMES_PER_SECOND = 12
 
 
 def save_picture(path, rows):
-    """Write a PNG with mel (left) and linear (right) spectrograms, one row per entry of ``rows``.
+    """Write a PNG with mel (left) and linear (right) spectrograms, one row per entry of ``rows``. Returns the paths of
+    what was written: none, after a warning, where it could not be drawn.
 
     ``rows`` is a list of (title, DualSpectrogram); axes in s and Hz, colors from -80 to 0 dB in every picture.
     """
-    _write(path, _drawn(path, _draw_spectrograms, rows))
+    return _write(path, _drawn(path, _draw_spectrograms, rows))
 
 
 def _drawn(path, draw, *arguments):
@@ -39,9 +40,11 @@ def _drawn(path, draw, *arguments):
 
 
 def _write(path, png):
-    if png is not None:
-        with atomic_write(path) as file:
-            file.write(png)
+    if png is None:
+        return []
+    with atomic_write(path) as file:
+        file.write(png)
+    return [path]
 
 
 def _png(figure):
@@ -198,8 +201,9 @@ class LifePicture:
 
 
 def save_life(path, life):
-    """Write a PNG of a LifePicture: the errors over age, and below them the growth and one wound, mel over linear."""
-    _write(path, _drawn(path, _draw_life, life))
+    """Write a PNG of a LifePicture: the errors over age, and below them the growth and one wound, mel over linear.
+    Returns the paths of what was written, as :func:`save_picture`."""
+    return _write(path, _drawn(path, _draw_life, life))
 
 
 def _draw_life(life):

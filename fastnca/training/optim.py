@@ -60,7 +60,7 @@ class Soap(torch.optim.Optimizer):
             # The eigenvectors of G G^T and of G^T G, the largest eigenvalue first, as QR keeps them. In float32 some
             # gradients of rank one do not converge.
             left_basis, _, right_basis = torch.linalg.svd(gradient.double())
-            state.update(left_basis=left_basis.to(gradient), right_basis=right_basis.T.contiguous().to(gradient))
+            self._set_basis(state, left_basis.to(gradient), right_basis.T.to(gradient))
             return
         left_basis, right_basis = state["left_basis"], state["right_basis"]
         mean.lerp_(gradient, 1.0 - betas[0])
@@ -71,5 +71,9 @@ class Soap(torch.optim.Optimizer):
         direction = (left_basis.T @ mean @ right_basis / bias1) / (scale + floor)
         parameter.add_((left_basis @ direction @ right_basis.T).view_as(parameter), alpha=-lr)
         if step % basis_every == 0:
-            state["left_basis"] = torch.linalg.qr(left @ left_basis).Q
-            state["right_basis"] = torch.linalg.qr(right @ right_basis).Q
+            self._set_basis(state, torch.linalg.qr(left @ left_basis).Q, torch.linalg.qr(right @ right_basis).Q)
+
+    @staticmethod
+    def _set_basis(state, left, right):
+        """By rows, as a checkpoint gives it back: products of the columns that LAPACK leaves round differently."""
+        state.update(left_basis=left.contiguous(), right_basis=right.contiguous())
