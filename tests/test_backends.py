@@ -233,7 +233,7 @@ def test_checkpoints_do_not_change_a_bit_with_context_and_growth(backend, rule):
     options, rollout = rule
     problem = parity.make_problem(((4, 3), (3, 3)) if backend.name == "triton" else ((4, 9), (3, 9)), n=2, **options)
     full = parity.run(backend.rollout(3, **rollout), problem)
-    for checkpoint_every in (2, 7):
+    for checkpoint_every in (2,) if backend.name == "triton" else (2, 7):
         replayed = parity.run(backend.rollout(3, checkpoint_every=checkpoint_every, **rollout), problem)
         parity.assert_same_bits(replayed, full)
 

@@ -153,6 +153,7 @@ def test_curves_are_told_apart():
 def test_recipes_are_compared_and_finished_runs_kept(tmp_path, monkeypatch):
     chosen = ["default,linear_weight=0,num_steps=4", "notebook"]
     monkeypatch.setattr(recipes, "AGES", (6,))
+    monkeypatch.setattr(recipes, "HEALED", ((0.11, 2), (0.5, 3)))
     arguments = ["voice", "--duration", "0.1", "--epochs", "1", "-o", str(tmp_path), "--recipes"]
     recipes.main([*arguments, *chosen])
     first = (tmp_path / "recipes.csv").read_text()
