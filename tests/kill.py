@@ -1,6 +1,7 @@
-"""kill -9 at random moments of `fastnca grow`: what goes on from them must equal a run that nothing interrupted.
+"""kill -9 at random moments of `fastnca grow`: what goes on from them must equal a run that nothing interrupted. And of
+`fastnca studio`: every sound and every take in its folder must open again.
 
-    python tests/kill.py [how many moments, 100 if not given] [seed of the moments, 0 if not given]
+    python tests/kill.py grow|studio [how many moments, 100 if not given] [seed of the moments, 0 if not given]
 
 Not collected by pytest. A run is killed at a moment of the time that a whole one takes, goes on by --resume, or starts
 again where it has no checkpoint yet, and is killed again, until it ends before its moment. Prints what the folders held
@@ -9,6 +10,7 @@ them the imports; nothing is written before those are done.
 """
 
 import collections
+import http.client
 import json
 import os
 import random
@@ -16,7 +18,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +112,48 @@ def assert_equal(run, whole):
     assert metrics[0] == metrics[1], metrics
 
 
-def main(count, seed):
+def studio(count, seed):
+    """A studio is killed while somebody uploads sounds and keeps takes; then all that its folder lists must open."""
+    from test_studio import ask, running_studio
+
+    from fastnca.studio.session import Studio
+
+    def post(address, name, body):
+        urllib.request.urlopen(urllib.request.Request(f"{address}api/{name}", body), timeout=60).read()
+
+    def work(address, recording, number):
+        """What somebody does until the server is gone."""
+        try:
+            post(address, f"recording?name=sound{number}.wav", recording)
+            while True:
+                ask(address, "state")
+                post(address, "take", b'{"action": "keep"}')
+        except (OSError, http.client.HTTPException):
+            pass
+
+    moments, opened = random.Random(seed), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_wav(folder / "note.wav", synthesize_bowed_string(SECONDS))
+        for number in range(count):
+            with running_studio(folder / "studio", "--vocoder", "griffinlim") as (process, address):
+                busy = threading.Thread(target=work, args=(address, (folder / "note.wav").read_bytes(), number))
+                busy.start()
+                time.sleep(moments.uniform(0, 15))
+                process.kill()
+                busy.join()
+            again = Studio(folder / "studio", vocoder="griffinlim")
+            for sound in again.sounds():
+                again.open(sound["name"])
+                takes = list((folder / "studio" / sound["name"] / "takes").glob("*.safetensors"))
+                assert len(again.takes()) == len(takes), takes
+                opened["sounds"] += 1
+                opened["takes"] += len(takes)
+            again.close()
+    print(f"{count} kills; all {opened['sounds']} sounds and {opened['takes']} takes that were there opened again")
+
+
+def grow_runs(count, seed):
     torch.set_num_threads(1)
     # Three pictures of the progress, so that they are among what is interrupted.
     RECIPES["default"] = replace(RECIPES["default"], picture_every_epochs=EPOCHS // 3)
@@ -148,5 +193,5 @@ def main(count, seed):
 
 
 if __name__ == "__main__":
-    given = [int(argument) for argument in sys.argv[1:]]
-    main(*given, *(100, 0)[len(given) :])
+    given = [int(argument) for argument in sys.argv[2:]]
+    {"grow": grow_runs, "studio": studio}[sys.argv[1]](*given, *(100, 0)[len(given) :])

@@ -109,7 +109,7 @@ def grow(samples, folder, recipe, seed, epochs, minutes):
         below = (float(row["seconds"]) for row in csv.DictReader(file) if float(row["mel_l1_db"]) < 3.0)
         row["seconds_to_mel_3_db"] = next(below, None)
     target = analyze(samples)
-    found = life.measure(sound.model, target, AGES)
+    found = life.measure(sound.model, target, AGES, tuple(steps for _, steps in HEALED))
     row["steps_to_full"] = found.one_seed_steps_to_full
     for grid in ("mel", "linear"):
         row |= {f"{grid}_l1_db@{age}": error for age, error in getattr(found, f"{grid}_l1_db_at").items()}
