@@ -69,7 +69,9 @@ class Context(nn.Module):
         super().__init__()
         self.places = places
         self.n_bands = n_mels, n_linear
-        self.rows = nn.Linear(len(self._row_features()[0]), HIDDEN1, bias=False)
+        for name, features in zip(("mel_features", "linear_features"), self._row_features(places.pitch_hz)):
+            self.register_buffer(name, features, persistent=False)
+        self.rows = nn.Linear(len(self.mel_features), HIDDEN1, bias=False)
         self.columns = nn.Linear(len(self._column_features(torch.zeros(1))), HIDDEN1, bias=False)
         for layer in (self.rows, self.columns):  # as the weights of what a cell perceives
             nn.init.uniform_(layer.weight, -(perception() ** -0.5), perception() ** -0.5)
@@ -86,16 +88,18 @@ class Context(nn.Module):
 
         Raises ValueError for a pitch that is not positive, or that the places do not know.
         """
+        row_features = self.mel_features, self.linear_features
         if pitch_hz is not None:
             check_pitch(pitch_hz)
             if self.places.pitch_hz is None:
                 raise ValueError("the sound was learned without a pitch: it cannot grow at another one")
+            row_features = self._row_features(pitch_hz)
         weight = self.rows.weight
-        rows = [weight @ features.to(weight) for features in self._row_features(pitch_hz)]
+        rows = [weight @ features.to(weight) for features in row_features]
         columns = self.columns.weight @ self._column_features(times.to(weight))
         return *(table[None] for table in rows), columns[None]
 
-    def _row_features(self, pitch_hz=None):
+    def _row_features(self, pitch_hz):
         places = self.places
         grids = []
         for sign, n_bands, centers in zip((1.0, -1.0), self.n_bands, (mel_centers, linear_centers)):
@@ -103,7 +107,7 @@ class Context(nn.Module):
             features = [torch.full_like(place, sign), place]
             features += _waves(place / 2, (2**octave for octave in range(places.frequency_octaves)))
             if places.pitch_hz is not None:
-                features += _waves(centers(n_bands, places.bands) / (pitch_hz or places.pitch_hz), WAVES_PER_PARTIAL)
+                features += _waves(centers(n_bands, places.bands) / pitch_hz, WAVES_PER_PARTIAL)
             grids.append(torch.stack(features))
         return grids
 

@@ -14,6 +14,8 @@ import fastnca
 from fastnca.sound.metrics import grid_metrics
 from fastnca.sound.spectrogram import analyze
 from fastnca.sound.synthetic import synthesize_bowed_string
+from fastnca.training import optim as optim_module
+from fastnca.training import trainer as trainer_module
 from fastnca.training.divergence import CLIMBING, DIVERGING, RECENT, DivergenceGuard, TrainingDiverged
 from fastnca.training.losses import OVERFLOW, RecipeLoss
 from fastnca.training.optim import Soap
@@ -457,7 +459,6 @@ def test_what_goes_on_is_judged_on_the_way_too(target, judgements, ages):
         trainer.train_epoch()
     window, grids = slice(0, 8), trainer.living_grids
     attempt = trainer._attempt(grids, window, judgements)
-    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
     losses = []
     for age in ages:
         grown = trainer.model.rollout(*grids, age, tables=trainer.model.tables(8))
@@ -465,7 +466,9 @@ def test_what_goes_on_is_judged_on_the_way_too(target, judgements, ages):
     loss = sum(losses) / len(losses)
     assert attempt.loss == pytest.approx(loss.item(), rel=1e-5) == pytest.approx(sum(attempt.terms.values()), rel=1e-5)
     assert all(torch.equal(*pair) for pair in zip(attempt.grids, grown, strict=True))
-    for mine, expected in zip(gradients, torch.autograd.grad(loss, list(trainer.model.parameters())), strict=True):
+    for mine, expected in zip(
+        attempt.gradients, torch.autograd.grad(loss, list(trainer.model.parameters())), strict=True
+    ):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
@@ -602,3 +605,24 @@ def test_perceptual_loss_is_zero_on_itself_and_positive_elsewhere():
     assert loss(x, x) == 0.0 and loss(x, y) > 0.0
     assert loss.gram_matrix(torch.ones(2, 3, 4, 5)).shape == (2, 3, 3)
     assert {name.split(".")[0] for name in loss.state_dict()} == {"feature_extractor"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_on_a_gpu_change_no_bit(target, monkeypatch):
+    def train():
+        torch.cuda.synchronize()
+        trainer = make_trainer(target, replace(RECIPES["default"], window=5), device="cuda")
+        rows = [trainer.train_epoch() for _ in range(24)]
+        assert set(trainer.graphs) == {1, 2} and len(trainer.optimizer.graphs) == 2
+        tensors, numbers = trainer.state_dict()
+        again = make_trainer(target, replace(RECIPES["default"], window=5), device="cuda")
+        again.load_state_dict(tensors, numbers)
+        rows += [again.train_epoch() for _ in range(6)]
+        return [{**row, "seconds": 0} for row in rows], [*again.model.parameters(), *again.living_grids]
+
+    rows, tensors = train()
+    for module in (trainer_module, optim_module):
+        monkeypatch.setattr(module, "Captured", lambda function, *arguments: function)
+    eager_rows, eager_tensors = train()
+    assert rows == eager_rows
+    assert all(map(torch.equal, tensors, eager_tensors))

@@ -75,7 +75,7 @@ class RecipeLoss(nn.Module):
             targets: what they should be, in dB.
 
         Returns:
-            (loss, terms): a scalar to differentiate, and {name: number}, the weighted terms that it is the sum of.
+            (loss, terms): a scalar to differentiate, and {name: scalar}, the weighted terms that it is the sum of.
         """
         terms = {}
         losses = []
@@ -84,19 +84,19 @@ class RecipeLoss(nn.Module):
             loss = 0.0
             for term, value in self._grid_terms(level, target):
                 loss = loss + value
-                terms[f"{name}_{term}"] = weight * value.item()
+                terms[f"{name}_{term}"] = weight * value.detach()
             losses.append(weight * loss)
         if self.texture is not None:
             mel_db, target = (self._judged(x, targets[0])[:, None] for x in (levels[0], targets[0]))
             texture = self.recipe.texture_weight * self.texture(mel_db, target)
             losses[0] = losses[0] + texture
-            terms["texture"] = texture.item()
+            terms["texture"] = texture.detach()
         loss = sum(losses)
         if self.recipe.overflow_weight:
             excess = sum((grid.abs() - OVERFLOW).clamp(min=0.0).mean() for grid in grids)
             overflow = self.recipe.overflow_weight * excess
             loss = loss + overflow
-            terms["overflow"] = overflow.item()
+            terms["overflow"] = overflow.detach()
         return loss, terms
 
     def _grid_terms(self, level, target):

@@ -3,21 +3,22 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from statistics import fmean
 
 import torch
 
 from ..context import Places
 from ..model import DualSpecTNCA, decode_db
 from ..sound.convention import on_cpu
+from .capture import Captured
 from .divergence import DivergenceGuard, TrainingDiverged
 from .losses import RecipeLoss
 from .optim import Soap
 
 FINAL_LEARNING_RATE = 0.02  # share of the recipe's learning rate that is left where it decays
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
-STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying
+STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying; a GPU gives half of what it has free
 _OPTIMIZERS = {"adam": torch.optim.Adam, "soap": Soap}
 
 
@@ -96,12 +97,13 @@ def time_octaves(n_frames):
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One rollout of an epoch; its gradient is that of the parameters."""
+    """One rollout of an epoch."""
 
     grids: tuple
+    gradients: tuple  # of each parameter
     loss: float
     terms: dict
-    norms: torch.Tensor  # of each parameter's gradient
+    norms: torch.Tensor  # of the gradients, before they were normalized
     errors: torch.Tensor  # [2, frames]: of both grids, in dB
 
     @property
@@ -149,6 +151,8 @@ class Trainer:
         self.target_levels = tuple(
             torch.stack([getattr(target, name) for target in targets]).to(device) for name in ("mel_db", "linear_db")
         )
+        self.frames = torch.arange(n_frames, device=device)
+        self.graphs = {}  # of _differentiate, by its number of judgements
         self.seed_windows, self.living_windows = (Windows(n_frames, recipe.window, self.generator) for _ in range(2))
         self.living_grids = self._seeds(n_frames)  # what lives beside the epochs from seeds
         self.ages = torch.zeros(n_frames, dtype=torch.long)  # steps since the seed of the living grids' frames
@@ -179,8 +183,10 @@ class Trainer:
             return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
         width = self.seed_windows.width
         state = sum(grid[..., :width].nbytes for grid in self.living_grids)
+        device = self.living_grids[0].device
+        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else STATES_BUDGET
         longest = max(1, math.isqrt(steps))
-        return next((k for k in range(1, longest) if (steps / k + k) * state <= STATES_BUDGET), longest)
+        return next((k for k in range(1, longest) if (steps / k + k) * state <= budget), longest)
 
     @on_cpu
     def train_epoch(self):
@@ -217,6 +223,8 @@ class Trainer:
                 self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
             if self._chance(recipe.restart_share):
                 self._keep(window, attempt.grids, recipe.num_steps)
+        for parameter, gradient in zip(self.model.parameters(), attempt.gradients):
+            parameter.grad = gradient
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
         self.optimizer.step()
         self.epoch += 1
@@ -260,29 +268,47 @@ class Trainer:
 
     def _attempt(self, grids, window, judgements=1):
         """Grows the window's ``grids`` and judges them so many times, the last time at the end."""
+        arguments = *grids, self.frames[window]
+        work = self.graphs.get(judgements)
+        if work is None:
+            work = partial(self._differentiate, judgements, self._checkpoint_every())
+            if grids[0].is_cuda and self.model.backend == "triton":  # Python would take longer than the kernels
+                work = self.graphs[judgements] = Captured(work, arguments)
+        grids, gradients, measured = work(*arguments)
+        numbers = torch.cat([value.flatten() for value in measured.values()]).cpu()  # waits for the GPU, once
+        parts = dict(zip(measured, numbers.split([value.numel() for value in measured.values()])))
+        norms, errors = parts.pop("norms"), parts.pop("errors").view(2, -1)
+        loss, *terms = (part.item() for part in parts.values())
+        return _Attempt(grids, gradients, loss, dict(zip(list(parts)[1:], terms)), norms, errors)
+
+    def _differentiate(self, judgements, checkpoint_every, mel, linear, frames):
+        """-> (the grown grids, the gradients, what was measured: the loss, its terms, the gradients' norms and both
+        grids' errors by frame)."""
         tables = self.model.tables(self.targets[0].n_frames)
         if tables is not None:
             *rows, columns = tables
-            tables = (*rows, columns[..., window])
-        targets = tuple(target[..., window] for target in self.target_levels)
-        checkpoint_every = self._checkpoint_every()
+            tables = (*rows, columns.index_select(2, frames))
+        targets = tuple(target.index_select(2, frames) for target in self.target_levels)
         ages = sorted({math.ceil(self.recipe.num_steps * n / judgements) for n in range(judgements + 1)})
-        losses, terms = [], []
+        grids, losses, terms = (mel, linear), [], []
         for before, age in pairwise(ages):
             grids = self.model.rollout(*grids, age - before, checkpoint_every=checkpoint_every, tables=tables)
             levels = tuple(decode_db(grid) for grid in grids)
             for judged, value in zip((losses, terms), self.loss(grids, levels, targets)):
                 judged.append(value)
         loss = sum(losses) / len(losses)
-        self.optimizer.zero_grad()
-        loss.backward()
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
         norms = torch.stack(torch._foreach_norm(gradients))
         if self.recipe.normalize_gradients:
             torch._foreach_div_(gradients, norms.norm().clamp(min=torch.finfo(norms.dtype).tiny))
         errors = [(level - target).detach().abs().mean(dim=(0, 1)) for level, target in zip(levels, targets)]
-        terms = {name: fmean(each[name] for each in terms) for name in terms[0]}
-        return _Attempt(grids, loss.item(), terms, norms, torch.stack(errors).cpu())
+        measured = {"loss": loss.detach()}
+        measured |= {name: sum(each[name] for each in terms) / len(terms) for name in terms[0]}
+        return (
+            tuple(grid.detach() for grid in grids),
+            gradients,
+            {**measured, "norms": norms, "errors": torch.stack(errors)},
+        )
 
     def _failed(self, attempt):
         return self.guard.exploded(attempt.loss) or not attempt.finite
