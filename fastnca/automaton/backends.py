@@ -58,5 +58,5 @@ def choose_device(backend="auto"):
 def fastest_precision(backend):
     """The precision to train in: "bf16" where this processor multiplies much faster in it, else "fp32".
 
-    On a GPU an epoch of the default recipe takes equally long in every precision: docs/performance.md."""
+    On a GPU sounds that learned for equally long came closest, and stayed, in fp32: docs/performance.md."""
     return "bf16" if backend == "cpu" and cpu.bf16_speedup() >= WORTHWHILE else "fp32"
