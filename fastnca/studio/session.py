@@ -156,6 +156,7 @@ class Studio:
         self.id = secrets.token_hex(4)
         self.name = self.note = self.stage = self.learning = self.message = None
         self.running, self.speed = True, 8.0
+        self._moving = threading.Lock()  # life takes no step between a pause and what follows it
         self._opening = threading.Lock()  # one sound is opened at a time
         self._decoding = threading.Lock()  # and one decoded
         self._decoded = OrderedDict()
@@ -372,13 +373,14 @@ class Studio:
                 continue
             try:
                 self._take_rule(stage, learning)
-                if not self.running:
-                    continue
                 resting = stage.now.age - stage.touched > stage.steps_to_fill + REST_STEPS
                 busy = learning is not None and learning.busy
                 if resting and not busy:
                     continue
-                stage.live()
+                with self._moving:
+                    if not self.running:
+                        continue
+                    stage.live()
             except Exception as error:  # noqa: BLE001 (the thread must live, and the page should know)
                 self.running = False
                 self.say(f"life stopped: {type(error).__name__}: {' '.join(str(error).split())}")
@@ -407,9 +409,9 @@ class Studio:
             self.running = True
             stage.touched = stage.now.age
         elif action == "pause":
-            self.running = False
+            self._pause()
         elif action == "step":
-            self.running = False
+            self._pause()
             stage.live(_integer("steps", steps, 1, 1000))
         elif action == "restart":
             stage.restart(many=seeds == "many")
@@ -417,7 +419,7 @@ class Studio:
         elif action == "empty":
             stage.restart(empty=True)
         elif action == "scrub":
-            self.running = False
+            self._pause()
             stage.scrub(_integer("age", age, 0, 10**9))
         elif action == "speed":
             if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not SPEEDS[0] <= speed <= SPEEDS[1]:
@@ -425,6 +427,10 @@ class Studio:
             self.speed = float(speed)
         else:
             raise ValueError(f"unknown action {action!r}: expected run, pause, step, restart, empty, scrub or speed")
+
+    def _pause(self):
+        with self._moving:
+            self.running = False
 
     def open_stage(self):
         """The Stage. Raises ValueError where no sound is open."""
@@ -481,8 +487,8 @@ class Studio:
             }
             self._save_take(folder / f"{number}.safetensors", dict(zip(("mel", "linear"), stage.now.grids)), take)
         elif action == "recall":
+            self._pause()
             stage.put(self.kept(number))
-            self.running = False
         elif action == "forget":
             self._take_path(number).unlink(missing_ok=True)
         elif action == "rename" and name:
