@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from .sound.convention import DEFAULT_BANDS, MelBands
 from .sound.spectrogram import linear_centers, mel_centers
 
 WAVES_PER_PARTIAL = (0.5, 1, 2)  # of the coordinates between the partials of a pitched sound
+CODE_SIZE = 16  # numbers that tell a sound apart from the others of its rule
+CODE_GATES = 64  # of a code's layers: so many mixtures of the coordinates are made stronger or weaker by a sound's code
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Places:
     time_octaves: the frames, from -1 to 1, have waves at pi times 1/2, 1, ... 2^(time_octaves - 2).
     pitch_hz: of a pitched sound; where a band lies between its partials is then a coordinate too.
     bands: the mel bands, which tell where that is.
+    code_size: numbers of the code that tells many sounds of one rule apart; 0 for the rule of one sound. With codes the
+        pitch belongs to each sound, and pitch_hz is that of a sound that says none of its own.
 
     Raises ValueError for a number that is not positive.
     """
@@ -31,12 +35,13 @@ class Places:
     time_octaves: int = 6
     pitch_hz: float | None = None
     bands: MelBands = DEFAULT_BANDS
+    code_size: int = 0
 
     def __post_init__(self):
-        for name in ("frequency_octaves", "time_octaves"):
-            octaves = getattr(self, name)
-            if not isinstance(octaves, numbers.Integral) or octaves < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {octaves!r}")
+        for name, least in (("frequency_octaves", 1), ("time_octaves", 1), ("code_size", 0)):
+            number = getattr(self, name)
+            if not isinstance(number, numbers.Integral) or number < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
         if self.pitch_hz is not None:
             check_pitch(self.pitch_hz)
 
@@ -57,8 +62,31 @@ def _waves(place, cycles):
     return [wave(2.0 * math.pi * cycle * place) for cycle in cycles for wave in (torch.sin, torch.cos)]
 
 
+class Gates(nn.Module):
+    """What a sound's code makes of a place: out (place(features) * code(c)), linear in the code and in the features.
+
+    With one code it is one more linear function of the features, see ``Context.with_code``.
+    """
+
+    def __init__(self, n_features, code_size):
+        super().__init__()
+        self.place = nn.Linear(n_features, CODE_GATES)
+        self.code = nn.Linear(code_size, CODE_GATES, bias=False)
+        self.out = nn.Linear(CODE_GATES, HIDDEN1, bias=False)
+
+    def forward(self, features, code):
+        """features [F, length], code [S], or [length, S] where it differs from place to place -> [128, length]."""
+        place = self.place.weight @ features + self.place.bias[:, None]
+        return self.out.weight @ (place * (self.code.weight @ torch.atleast_2d(code).T))
+
+    def folded(self, code):
+        """(weight [128, F], bias [128]): the same linear function of the features, for one code [S]."""
+        out = self.out.weight * (self.code.weight @ code)
+        return out @ self.place.weight, out @ self.place.bias
+
+
 class Context(nn.Module):
-    """The tables of context: linear functions of the coordinates of a place.
+    """The tables of context: linear functions of the coordinates of a place, and of the sound's code if it has one.
 
     Args:
         places: the coordinates, see :class:`Places`.
@@ -69,19 +97,22 @@ class Context(nn.Module):
         super().__init__()
         self.places = places
         self.n_bands = n_mels, n_linear
-        for name, features in zip(("mel_features", "linear_features"), self._row_features(places.pitch_hz)):
+        for name, features in zip(("mel_features", "linear_features"), self.row_features(places.pitch_hz)):
             self.register_buffer(name, features, persistent=False)
-        self.rows = nn.Linear(len(self.mel_features), HIDDEN1, bias=False)
-        self.columns = nn.Linear(len(self._column_features(torch.zeros(1))), HIDDEN1, bias=False)
+        sizes = len(self.mel_features), len(self._column_features(torch.zeros(1)))
+        self.rows, self.columns = (nn.Linear(size, HIDDEN1, bias=False) for size in sizes)
         for layer in (self.rows, self.columns):  # as the weights of what a cell perceives
             nn.init.uniform_(layer.weight, -(perception() ** -0.5), perception() ** -0.5)
+        if places.code_size:
+            self.row_gates, self.column_gates = (Gates(size, places.code_size) for size in sizes)
 
-    def forward(self, times, pitch_hz=None):
+    def forward(self, times, pitch_hz=None, code=None):
         """The tables that the rule adds to its first layer.
 
         Args:
             times: [T], the place of each frame in the sound, from -1 to 1.
             pitch_hz: the pitch to grow at, for places with a pitch; that of the recording if not given.
+            code: [code_size], for places with codes.
 
         Returns:
             (mel_rows [1, 128, n_mels], linear_rows [1, 128, n_linear], columns [1, 128, T]).
@@ -93,21 +124,49 @@ class Context(nn.Module):
             check_pitch(pitch_hz)
             if self.places.pitch_hz is None:
                 raise ValueError("the sound was learned without a pitch: it cannot grow at another one")
-            row_features = self._row_features(pitch_hz)
-        weight = self.rows.weight
-        rows = [weight @ features.to(weight) for features in row_features]
-        columns = self.columns.weight @ self._column_features(times.to(weight))
-        return *(table[None] for table in rows), columns[None]
+            row_features = self.row_features(pitch_hz)
+        return self.tables(row_features, times, code)
 
-    def _row_features(self, pitch_hz):
+    def tables(self, row_features, times, code=None):
+        """As :meth:`forward`, with what :meth:`row_features` gave for the pitch."""
+        if (code is not None) != bool(self.places.code_size):
+            raise ValueError("a rule of many sounds needs a sound's code, and a rule of one sound has none")
+        weight = self.rows.weight
+        *rows, columns = [features.to(weight) for features in (*row_features, self._column_features(times.to(weight)))]
+        tables = [*(weight @ features for features in rows), self.columns.weight @ columns]
+        if code is not None:
+            gates = self.row_gates, self.row_gates, self.column_gates
+            tables = [table + gate(x, code) for table, gate, x in zip(tables, gates, (*rows, columns))]
+        return tuple(table[None] for table in tables)
+
+    @torch.no_grad()
+    def with_code(self, code, pitch_hz):
+        """The context of one sound of many, by its code [code_size] and its pitch, None for none.
+
+        -> (Context without codes, bias [128] that the rule's first layer takes up).
+        """
+        one = Context(replace(self.places, code_size=0, pitch_hz=pitch_hz), *self.n_bands).to(self.rows.weight)
+        bias = 0.0
+        for name in ("rows", "columns"):
+            layer, gates = getattr(one, name), getattr(self, f"{name[:-1]}_gates")
+            weight, constant = gates.folded(code)
+            layer.weight.copy_((getattr(self, name).weight + weight)[:, : layer.in_features])
+            bias = bias + constant
+        return one, bias
+
+    def row_features(self, pitch_hz):
+        """The coordinates of both grids' bands, [F, n_mels] and [F, n_linear], for a sound of that pitch; those of its
+        partials, the last ones, are 0 without a pitch."""
         places = self.places
         grids = []
         for sign, n_bands, centers in zip((1.0, -1.0), self.n_bands, (mel_centers, linear_centers)):
             place = torch.linspace(-1.0, 1.0, n_bands)
             features = [torch.full_like(place, sign), place]
             features += _waves(place / 2, (2**octave for octave in range(places.frequency_octaves)))
-            if places.pitch_hz is not None:
+            if pitch_hz is not None:
                 features += _waves(centers(n_bands, places.bands) / pitch_hz, WAVES_PER_PARTIAL)
+            elif places.pitch_hz is not None:
+                features += [torch.zeros_like(place)] * (2 * len(WAVES_PER_PARTIAL))
             grids.append(torch.stack(features))
         return grids
 

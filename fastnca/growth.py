@@ -20,7 +20,7 @@ from .sound_model import GrownSound, SoundCard, SoundModel
 from .training.trainer import Trainer
 from .version import __version__
 
-CHECKPOINT_VERSION = 6  # a checkpoint of another version cannot be resumed
+CHECKPOINT_VERSION = 7  # a checkpoint of another version cannot be resumed
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Growth:
             backend=backend,
             precision=precision,
             device=device,
-            pitch_hz=self._pitch() if settings.recipe.context else None,
+            pitches_hz=[self._pitch() if settings.recipe.context else None],
         )
         if checkpoint:
             if checkpoint.fingerprint != self.fingerprint:

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from torch.nn.utils import parametrize
 from .automaton import ops, reference
 from .automaton.backends import check_names, choose_backend
 from .automaton.rule import ALPHA, CHANNELS, HIDDEN1, HIDDEN2, VALUE, perception
-from .context import Context
+from .context import Context, Gates
 from .sound.convention import DB_RANGE, N_LINEAR, N_MELS, on_cpu
 
 TIMES = ("stretch", "sustain")
 RULE_LAYERS = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d)
 CONTEXT_LAYERS = (Context, nn.Linear, nn.Linear)
+GATE_LAYERS = (Gates, nn.Linear, nn.Linear, nn.Linear)
 
 
 def decode_db(grid):
@@ -122,7 +123,10 @@ class DualSpecTNCA(nn.Module):
         """
         _check_layers("update_mlp", self.update_mlp, RULE_LAYERS)
         if self.context is not None:
-            _check_layers("context", self.context, CONTEXT_LAYERS)
+            gates = [layer for layer in self.context._modules.values() if isinstance(layer, Gates)]
+            _check_layers("context", self.context, (*CONTEXT_LAYERS, *(Gates for _ in gates)))
+            for layers in gates:
+                _check_layers("context", layers, GATE_LAYERS)
         return tuple(tensor for layer in self.update_mlp[::2] for tensor in (layer.weight, layer.bias))
 
     @property
@@ -227,6 +231,25 @@ class DualSpecTNCA(nn.Module):
         if pitch_hz is not None:
             raise ValueError("the model has no context: it cannot grow at another pitch")
         return None
+
+    @torch.no_grad()
+    def with_code(self, code, pitch_hz=None):
+        """The rule of one sound of many, as a model that knows no codes: what a code does is linear in a place's
+        coordinates, so the layers take it up.
+
+        Args:
+            code: [code_size], the sound's. pitch_hz: the sound's own, None for a sound without one.
+        """
+        one = DualSpecTNCA(
+            **{**self.config, "context": replace(self.places, code_size=0, pitch_hz=pitch_hz)},
+            backend=self._requested_backend,
+            precision=self.precision,
+        )
+        one.update_mlp.load_state_dict(self.update_mlp.state_dict())
+        one.context, bias = self.context.with_code(code, pitch_hz)
+        one.to(self.update_mlp[0].weight)
+        one.update_mlp[0].bias += bias
+        return one
 
     def perceive(self, grid):
         """[N, C, H, W] -> [N, 4C, H, W]: the grid, its Sobel x and y gradients and its Laplacian."""

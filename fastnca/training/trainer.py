@@ -5,10 +5,12 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from statistics import fmean
 
 import torch
+from torch import nn
 
-from ..context import Places
+from ..context import CODE_SIZE, Places
 from ..model import DualSpecTNCA, decode_db
 from ..sound.convention import on_cpu
 from .capture import Captured
@@ -95,73 +97,216 @@ def time_octaves(n_frames):
     return max(1, math.floor(math.log2(n_frames / 8)) + 2)
 
 
+class Lesson:
+    """One sound while it is learned: its target, the parts that epochs see, and what lives beside them.
+
+    Args:
+        number: of the sound, in what is saved. code: the parameter that tells it apart, None for the only sound.
+    """
+
+    def __init__(self, number, target, seeds, window, generator, context=None, pitch_hz=None, code=None):
+        device = seeds[0].device
+        self.number = number
+        self.n_frames = target.n_frames
+        self.target_levels = tuple(level[None].to(device) for level in (target.mel_db, target.linear_db))
+        self.times = torch.linspace(-1.0, 1.0, self.n_frames, device=device)
+        self.row_features = [grid.to(device) for grid in context.row_features(pitch_hz)] if context else None
+        self.code = code
+        self.seed_windows, self.living_windows = (Windows(self.n_frames, window, generator) for _ in range(2))
+        self.living_grids = seeds  # what lives beside the epochs from seeds
+        self.ages = torch.zeros(self.n_frames, dtype=torch.long)  # steps since the seed of the living grids' frames
+        self.errors = torch.full((2, self.n_frames), math.nan)  # of both grids' frames, as last judged
+        self.guard = DivergenceGuard(self.seed_windows.per_sweep)
+
+    def at(self, window):
+        """What a rollout of these frames needs to know beside its grids: both targets and, with context, the frames'
+        places, the bands' coordinates and the code."""
+        known = [level[..., window] for level in self.target_levels]
+        if self.row_features:
+            known += [self.times[window], *self.row_features]
+        return known if self.code is None else [*known, self.code]
+
+    def living(self, window):
+        return tuple(grid[..., window] for grid in self.living_grids)
+
+    def keep(self, window, grids, age):
+        """From now on these grids live in that window."""
+        for living, grid in zip(self.living_grids, grids):
+            living[..., window] = grid.detach()
+        self.ages[window] = age
+
+    def state_dict(self):
+        """(tensors, numbers)"""
+        mel, linear = (grid.clone() for grid in self.living_grids)
+        tensors = {"living.mel": mel, "living.linear": linear, "ages": self.ages.clone(), "errors": self.errors.clone()}
+        waiting = [list(windows.waiting) for windows in (self.seed_windows, self.living_windows)]
+        return tensors, {"waiting": waiting, "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, tensors, numbers):
+        device = self.living_grids[0].device
+        self.living_grids = tuple(tensors[name].clone().to(device) for name in ("living.mel", "living.linear"))
+        self.ages, self.errors = tensors["ages"].clone(), tensors["errors"].clone()
+        for windows, waiting in zip((self.seed_windows, self.living_windows), numbers["waiting"]):
+            windows.waiting = list(waiting)
+        self.guard.load_state_dict(numbers["guard"])
+
+
+class Turns:
+    """A share of the lessons, of which one has its turn in each epoch: in each sweep as often as it has windows.
+
+    Args:
+        generator: of all random choices in these lessons.
+    """
+
+    def __init__(self, lessons, generator):
+        self.lessons = lessons
+        self.generator = generator
+        self.waiting = []  # places in ``lessons`` of this sweep's that are still to come
+        self.now = None
+
+    def next(self):
+        """The lesson whose turn it is from now on, also as ``now``."""
+        if not self.waiting:
+            turns = [place for place, lesson in enumerate(self.lessons) for _ in range(lesson.seed_windows.per_sweep)]
+            shuffled = len(self.lessons) > 1
+            self.waiting = (
+                [turns[i] for i in torch.randperm(len(turns), generator=self.generator)] if shuffled else turns
+            )
+        self.now = self.lessons[self.waiting.pop()]
+        return self.now
+
+    def chance(self, share):
+        return torch.rand((), generator=self.generator).item() < share
+
+
 @dataclass(frozen=True)
 class _Attempt:
-    """One rollout of an epoch."""
+    """One rollout of an epoch: a window of a lesson, from seeds or, ``continued``, from what lived there."""
 
+    turns: Turns
+    lesson: Lesson
+    window: slice
+    age: int  # before the rollout
+    continued: bool
     grids: tuple
-    gradients: tuple  # of each parameter
+    gradients: tuple  # of each parameter of the model and, with codes, of the code
     loss: float
     terms: dict
     norms: torch.Tensor  # of the gradients, before they were normalized
     errors: torch.Tensor  # [2, frames]: of both grids, in dB
 
     @property
-    def finite(self):
-        return bool(torch.isfinite(self.norms).all())
+    def failed(self):
+        return self.lesson.guard.exploded(self.loss) or not bool(torch.isfinite(self.norms).all())
 
 
 class Trainer:
-    """Teaches one model its targets.
+    """Teaches one model one sound or many.
 
-    An epoch shows every target once and takes one gradient step.
+    An epoch judges a part of one sound, or of ``batch`` sounds, and takes one gradient step. Many sounds share the rule
+    and are told apart by a code for each, which is learned with it.
+
+    Under torch.distributed the sounds of an epoch are spread over the processes: a sound with its code and what lives
+    stays in one process, and the gradients of the rule are averaged in one all-reduce of all of them.
 
     Args:
-        targets: DualSpectrograms of equal shape, at least one. All grow from the same seed.
+        targets: DualSpectrograms, at least one; None for those whose turn is in another process: sound number i has its
+            turn in process i % batch % processes.
         seed: of the initial weights and all that follows; on one machine the same seed and epochs give the same model.
             The caller's random state is left as it is.
         precision: of the training rollouts; the weights and what :meth:`grown` shows are float32.
-        pitch_hz: of the targets, for recipes with context; None where they have none.
+        pitches_hz: of each target, for recipes with context; None for one that has none.
+        batch: sounds of an epoch, for many. A multiple of the number of processes.
+        rank, processes: of torch.distributed. longest: frames of the longest sound of all processes.
 
-    Raises ValueError for targets of different shapes.
+    Raises ValueError for numbers that do not go together and for many sounds by a recipe without context.
     """
 
     def __init__(
-        self, targets, recipe, budget, *, seed=0, backend="auto", precision="fp32", device="cpu", pitch_hz=None
+        self,
+        targets,
+        recipe,
+        budget,
+        *,
+        seed=0,
+        backend="auto",
+        precision="fp32",
+        device="cpu",
+        pitches_hz=None,
+        batch=1,
+        rank=0,
+        processes=1,
+        longest=0,
     ):
-        if len({target.mel_db.shape for target in targets}) != 1:
-            shapes = [list(target.mel_db.shape) for target in targets]
-            raise ValueError(f"targets must be at least one, and all of one shape, got {shapes}")
-        self.targets = tuple(targets)
+        many = len(targets) > 1
+        pitches_hz = pitches_hz or [None] * len(targets)
+        if not targets or len(pitches_hz) != len(targets):
+            raise ValueError(f"expected one pitch for each of at least one target, got {len(targets)} targets")
+        if many and not recipe.context:
+            raise ValueError(f"the recipe {recipe.name} has no context, so it can only learn one sound at a time")
+        if not 1 <= batch <= len(targets) or batch % processes:
+            raise ValueError(
+                f"an epoch can learn from 1 to {len(targets)} sounds at once, a multiple of the number of processes, "
+                f"{processes}; got {batch}"
+            )
+        own = [target for target in targets if target is not None]
         self.recipe = recipe
         self.budget = budget
-        self.generator = torch.Generator().manual_seed(seed)
-        n_frames = targets[0].n_frames
+        self.batch, self.rank, self.processes = batch, rank, processes
         places = None
         if recipe.context:
-            places = Places(time_octaves=time_octaves(n_frames), pitch_hz=pitch_hz, bands=targets[0].scale.bands)
+            known = [math.log(pitch) for pitch in pitches_hz if pitch]
+            places = Places(
+                time_octaves=time_octaves(max(longest, *(target.n_frames for target in own))),
+                pitch_hz=math.exp(fmean(known)) if known and many else pitches_hz[0],
+                bands=own[0].scale.bands,
+                code_size=CODE_SIZE if many else 0,
+            )
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
             self.model = DualSpecTNCA(backend=backend, precision=precision, context=places, growth=recipe.context)
             self.model.to(device)
             self.loss = RecipeLoss(recipe, device)
+            codes = [nn.Parameter(code.to(device)) for code in torch.randn(len(targets), CODE_SIZE)] if many else [None]
         with torch.no_grad():
             self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
-        self.optimizer = _OPTIMIZERS[recipe.optimizer](self.model.parameters(), lr=recipe.learning_rate)
-        self.target_levels = tuple(
-            torch.stack([getattr(target, name) for target in targets]).to(device) for name in ("mel_db", "linear_db")
-        )
-        self.frames = torch.arange(n_frames, device=device)
-        self.graphs = {}  # of _differentiate, by its number of judgements
-        self.seed_windows, self.living_windows = (Windows(n_frames, recipe.window, self.generator) for _ in range(2))
-        self.living_grids = self._seeds(n_frames)  # what lives beside the epochs from seeds
-        self.ages = torch.zeros(n_frames, dtype=torch.long)  # steps since the seed of the living grids' frames
-        self.errors = torch.full((2, n_frames), math.nan)  # of both grids' frames, as last judged
+        self.turns = []
+        for share in range(rank, batch, processes):
+            generator = torch.Generator().manual_seed(seed + share)
+            numbers = range(share, len(targets), batch)
+            lessons = [
+                Lesson(
+                    number,
+                    targets[number],
+                    self._seeds(targets[number].n_frames, generator),
+                    recipe.window,
+                    generator,
+                    self.model.context,
+                    pitches_hz[number],
+                    codes[number],
+                )
+                for number in numbers
+            ]
+            self.turns.append(Turns(lessons, generator))
+        self.lessons = sorted((lesson for turns in self.turns for lesson in turns.lessons), key=lambda it: it.number)
+        self.parameters = dict(self.model.named_parameters())
+        self.parameters |= {f"code.{lesson.number}": lesson.code for lesson in self.lessons if many}
+        self.optimizer = _OPTIMIZERS[recipe.optimizer](self.parameters.values(), lr=recipe.learning_rate)
+        self.graphs = {}  # of _differentiate, by the number of judgements and the width of the window
         self.epoch = 0
         self.seconds = 0.0  # of training alone: pictures and checkpoints do not count
-        self.guard = DivergenceGuard(self.seed_windows.per_sweep)
+        sweep = math.ceil(len(targets) / batch) if many else self.lessons[0].seed_windows.per_sweep
+        self.guard = DivergenceGuard(sweep)
         self.best = {}  # what had been learned at the lowest losses, see _learned
         self.setbacks = 0  # how often training diverged and went on from there
+        self.stopped = False  # by :meth:`stop`, which takes effect for all processes after an epoch
+        self._wants_to_stop = False
+        self._errors = {}  # of the sounds that have been judged, by number: mel and linear, means over all frames
+        self._tail = 0.0  # seconds of the last epoch that are not counted yet
+
+    def stop(self):
+        """End training after the epoch in which all processes have learned of this; any thread and process may ask."""
+        self._wants_to_stop = True
 
     @property
     def progress(self):
@@ -176,15 +321,13 @@ class Trainer:
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.progress))
         return learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 
-    def _checkpoint_every(self):
+    def _checkpoint_every(self, grids):
         """The fewest replayed steps whose saved states fit the memory budget."""
         steps = self.recipe.num_steps
         if self.model.backend == "reference":
             return 4  # eager autograd keeps about 1 kB per cell and step; replaying costs it little
-        width = self.seed_windows.width
-        state = sum(grid[..., :width].nbytes for grid in self.living_grids)
-        device = self.living_grids[0].device
-        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else STATES_BUDGET
+        state = sum(grid.nbytes for grid in grids)
+        budget = torch.cuda.mem_get_info(grids[0].device)[0] // 2 if grids[0].is_cuda else STATES_BUDGET
         longest = max(1, math.isqrt(steps))
         return next((k for k in range(1, longest) if (steps / k + k) * state <= budget), longest)
 
@@ -194,101 +337,155 @@ class Trainer:
         the terms of the loss.
 
         ``age`` is the number of steps since the seed of what was judged: more than the recipe's where the epoch went on
-        from what lives. ``mel_l1_db`` and ``linear_l1_db`` are mean absolute errors over all cells, each frame's as it
-        was last judged. Errors and losses are those before the step.
+        from what lives. ``mel_l1_db`` and ``linear_l1_db`` are mean absolute errors over all cells of a sound, each
+        frame's as it was last judged, as means over the sounds that have been judged. Errors and losses are those
+        before the step.
 
         Where the loss is not finite, has become a multiple of the last ones or has been climbing for long, the epoch
         starts from seeds or, if it did, training goes on from the lowest losses at half the learning rate. Raises
         TrainingDiverged when that has not helped.
         """
         started = time.perf_counter()
-        recipe = self.recipe
-        continued = self._chance(recipe.continue_share) and bool(self.best)  # the first epoch is from seeds
-        if continued:
-            window = self.living_windows.next()
-            age = int(self.ages[window].max())
-            attempt = self._attempt(self._living(window), window, recipe.judgements)
-            continued = not self._failed(attempt)
-            if continued:
-                self._keep(window, attempt.grids, self.ages[window] + recipe.num_steps)
+        attempts = [self._from_living(turns) or self._from_seeds(turns) for turns in self.turns]
+        gradients, sums = self._averaged(attempts, started)
+        while sums["failed"] or self.guard.climbing():
+            self._step_back(attempts)
+            attempts = [self._from_seeds(turns) for turns in self.turns]
+            gradients, sums = self._averaged(attempts, started)
+        for attempt in attempts:
+            if attempt.continued:
+                attempt.lesson.keep(
+                    attempt.window, attempt.grids, attempt.lesson.ages[attempt.window] + self.recipe.num_steps
+                )
             else:
-                self._keep(window, self._seeds(self.living_windows.width), 0)
-        if not continued:
-            window, age = self.seed_windows.next(), 0
-            attempt = self._attempt(self._seeds(self.seed_windows.width), window)
-            while self._failed(attempt) or self.guard.climbing():
-                self._step_back(f"the loss became {attempt.loss:g} (gradient norm {attempt.norms.max().item():g})")
-                attempt = self._attempt(self._seeds(self.seed_windows.width), window)
-            if self.guard.record(attempt.loss):
-                self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
-            if self._chance(recipe.restart_share):
-                self._keep(window, attempt.grids, recipe.num_steps)
-        for parameter, gradient in zip(self.model.parameters(), attempt.gradients):
+                attempt.lesson.guard.record(attempt.loss)
+        if sums["from_seeds"] and self.guard.record(sums["seed_loss"] / sums["from_seeds"]):
+            self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
+        for attempt in attempts:
+            if not attempt.continued and attempt.turns.chance(self.recipe.restart_share):
+                attempt.lesson.keep(attempt.window, attempt.grids, self.recipe.num_steps)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for parameter, gradient in zip(self.model.parameters(), gradients):
             parameter.grad = gradient
+        for attempt in attempts:
+            if attempt.lesson.code is not None:
+                attempt.lesson.code.grad = attempt.gradients[-1]
         learning_rate = self.optimizer.param_groups[0]["lr"] = self.learning_rate
         self.optimizer.step()
         self.epoch += 1
-        self.seconds += time.perf_counter() - started
-        self.errors[:, window] = attempt.errors
-        mel_l1_db, linear_l1_db = self.errors.nanmean(dim=1).tolist()
+        self.seconds += sums["seconds"] / self.processes
+        self.stopped = sums["stop"] > 0
+        self._tail = time.perf_counter() - self._averaged_at
         return {
             "epoch": self.epoch,
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate,
-            "age": age + recipe.num_steps,
-            "mel_l1_db": mel_l1_db,
-            "linear_l1_db": linear_l1_db,
-            "loss": attempt.loss,
-            **attempt.terms,
+            "age": round(sums["age"] / self.batch),
+            "mel_l1_db": sums["mel"] / sums["judged"],
+            "linear_l1_db": sums["linear"] / sums["judged"],
+            **{name: sums[name] / self.batch for name in ("loss", *attempts[0].terms)},
         }
 
-    def _chance(self, share):
-        return torch.rand((), generator=self.generator).item() < share
+    def _averaged(self, attempts, started):
+        """The rule's gradients, as means over the attempts of all processes, and what else these need to know of each
+        other, as sums."""
+        for attempt in attempts:
+            if not attempt.failed:
+                attempt.lesson.errors[:, attempt.window] = attempt.errors
+                self._errors[attempt.lesson.number] = attempt.lesson.errors.nanmean(dim=1).tolist()
+        mel, linear = map(sum, zip(*self._errors.values())) if self._errors else (0.0, 0.0)
+        from_seeds = [attempt.loss for attempt in attempts if not attempt.continued]
+        self._averaged_at = time.perf_counter()
+        sums = {
+            "failed": sum(attempt.failed for attempt in attempts),
+            "stop": self._wants_to_stop,
+            "seconds": self._averaged_at - started + self._tail,
+            "from_seeds": len(from_seeds),
+            "seed_loss": sum(from_seeds),
+            "age": sum(attempt.age + self.recipe.num_steps for attempt in attempts),
+            "judged": len(self._errors),
+            "mel": mel,
+            "linear": linear,
+            "loss": sum(attempt.loss for attempt in attempts),
+            **{name: sum(attempt.terms[name] for attempt in attempts) for name in attempts[0].terms},
+        }
+        count = len(list(self.model.parameters()))
+        gradients = [sum(parts) for parts in zip(*(attempt.gradients[:count] for attempt in attempts))]
+        if self.processes > 1:
+            numbers = torch.tensor([float(number) for number in sums.values()], device=gradients[0].device)
+            flat = torch.cat([gradient.flatten() for gradient in gradients] + [numbers])
+            torch.distributed.all_reduce(flat)
+            *parts, numbers = flat.split([gradient.numel() for gradient in gradients] + [len(sums)])
+            gradients = [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
+            sums = dict(zip(sums, numbers.tolist()))
+        if self.batch > 1:
+            gradients = [gradient / self.batch for gradient in gradients]
+        return gradients, sums
 
-    def _seeds(self, n_frames):
-        """Initial grids of all targets: one seed each, or a lattice of seeds that lies elsewhere each time."""
+    def _seeds(self, n_frames, generator):
+        """Initial grids: one seed each, or a lattice of seeds that lies elsewhere each time."""
         spacing = self.recipe.seed_spacing
         grids = self.model.seed(n_frames, at=spacing)
         if spacing is not None:
-            shifts = torch.randint(spacing, (len(grids), 2), generator=self.generator).tolist()
+            shifts = torch.randint(spacing, (len(grids), 2), generator=generator).tolist()
             grids = tuple(grid.roll(shift, dims=(2, 3)) for grid, shift in zip(grids, shifts))
-        return tuple(grid.repeat(len(self.targets), 1, 1, 1) for grid in grids)
-
-    def _living(self, window):
-        grids = tuple(grid[..., window] for grid in self.living_grids)
-        if self._chance(self.recipe.damage_share):
-            grids = tuple(damaged(grid, self.generator) for grid in grids)
         return grids
 
-    def _keep(self, window, grids, age):
-        """From now on these grids live in that window."""
-        for living, grid in zip(self.living_grids, grids):
-            living[..., window] = grid.detach()
-        self.ages[window] = age
+    def _from_living(self, turns):
+        """An attempt that goes on from what lives, or None for one from seeds: the first epoch, a share of the others,
+        and where what lives is lost."""
+        lesson = turns.next()
+        if not (turns.chance(self.recipe.continue_share) and self.best):  # the first epoch is from seeds
+            return None
+        window = lesson.living_windows.next()
+        grids = lesson.living(window)
+        if turns.chance(self.recipe.damage_share):
+            grids = tuple(damaged(grid, turns.generator) for grid in grids)
+        age = int(lesson.ages[window].max())
+        attempt = self._attempt(turns, window, grids, age)
+        if attempt.failed:
+            lesson.keep(window, self._seeds(lesson.living_windows.width, turns.generator), 0)
+            return None
+        return attempt
 
-    def _attempt(self, grids, window, judgements=1):
-        """Grows the window's ``grids`` and judges them so many times, the last time at the end."""
-        arguments = *grids, self.frames[window]
-        work = self.graphs.get(judgements)
+    def _from_seeds(self, turns):
+        lesson = turns.now
+        window = lesson.seed_windows.next()
+        return self._attempt(turns, window, self._seeds(lesson.seed_windows.width, turns.generator))
+
+    def _attempt(self, turns, window, grids, age=None):
+        """Grows and judges the window's ``grids``: from seeds, or from what lives there and has that age."""
+        lesson, continued = turns.now, age is not None
+        judgements = self.recipe.judgements if continued else 1
+        arguments = *grids, *lesson.at(window)
+        key = judgements, grids[0].shape[3]
+        work = self.graphs.get(key)
         if work is None:
-            work = partial(self._differentiate, judgements, self._checkpoint_every())
+            work = partial(self._differentiate, judgements, self._checkpoint_every(grids))
             if grids[0].is_cuda and self.model.backend == "triton":  # Python would take longer than the kernels
-                work = self.graphs[judgements] = Captured(work, arguments)
+                work = self.graphs[key] = Captured(work, arguments)
         grids, gradients, measured = work(*arguments)
         numbers = torch.cat([value.flatten() for value in measured.values()]).cpu()  # waits for the GPU, once
         parts = dict(zip(measured, numbers.split([value.numel() for value in measured.values()])))
         norms, errors = parts.pop("norms"), parts.pop("errors").view(2, -1)
         loss, *terms = (part.item() for part in parts.values())
-        return _Attempt(grids, gradients, loss, dict(zip(list(parts)[1:], terms)), norms, errors)
+        terms = dict(zip(list(parts)[1:], terms))
+        return _Attempt(turns, lesson, window, age or 0, continued, grids, gradients, loss, terms, norms, errors)
 
-    def _differentiate(self, judgements, checkpoint_every, mel, linear, frames):
+    def _differentiate(self, judgements, checkpoint_every, mel, linear, mel_target, linear_target, *place):
         """-> (the grown grids, the gradients, what was measured: the loss, its terms, the gradients' norms and both
-        grids' errors by frame)."""
-        tables = self.model.tables(self.targets[0].n_frames)
-        if tables is not None:
-            *rows, columns = tables
-            tables = (*rows, columns.index_select(2, frames))
-        targets = tuple(target.index_select(2, frames) for target in self.target_levels)
+        grids' errors by frame). ``place`` as :meth:`Lesson.at` gives it."""
+        learned = list(self.model.parameters())
+        tables = None
+        if place:
+            times, *row_features = place[:3]
+            code = None
+            if len(place) > 3:
+                code = place[3].detach().requires_grad_()
+                learned.append(code)
+            tables = self.model.context.tables(row_features, times, code)
+        targets = mel_target, linear_target
         ages = sorted({math.ceil(self.recipe.num_steps * n / judgements) for n in range(judgements + 1)})
         grids, losses, terms = (mel, linear), [], []
         for before, age in pairwise(ages):
@@ -297,7 +494,7 @@ class Trainer:
             for judged, value in zip((losses, terms), self.loss(grids, levels, targets)):
                 judged.append(value)
         loss = sum(losses) / len(losses)
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        gradients = torch.autograd.grad(loss, learned)
         norms = torch.stack(torch._foreach_norm(gradients))
         if self.recipe.normalize_gradients:
             torch._foreach_div_(gradients, norms.norm().clamp(min=torch.finfo(norms.dtype).tiny))
@@ -310,59 +507,72 @@ class Trainer:
             {**measured, "norms": norms, "errors": torch.stack(errors)},
         )
 
-    def _failed(self, attempt):
-        return self.guard.exploded(attempt.loss) or not attempt.finite
-
-    def _step_back(self, reason):
+    def _step_back(self, attempts):
         self.guard.step_back()
+        for lesson in self.lessons:
+            lesson.guard.step_back()
         if self.best:
             self._load_learned(self.best)
         if not self.best or self.setbacks == MAX_SETBACKS:
+            worst = next((attempt for attempt in attempts if attempt.failed), attempts[0])
+            reason = f"the loss became {worst.loss:g} (gradient norm {worst.norms.max().item():g})"
             again = f", as {self.setbacks} times before; try another seed" if self.setbacks else ""
             raise TrainingDiverged(f"{reason} in epoch {self.epoch + 1}{again}")
         self.setbacks += 1
 
     def _learned(self):
-        """{name: tensor}: the weights and the optimizer's state."""
+        """{name: tensor}: the weights, the codes and the optimizer's state."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
+        tensors |= {f"code.{lesson.number}": lesson.code for lesson in self.lessons if lesson.code is not None}
+        for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
         return tensors
 
+    @torch.no_grad()
     def _load_learned(self, tensors):
-        names = [name for name, _ in self.model.named_parameters()]
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name, _ in self.model.named_parameters()})
+        for lesson in self.lessons:
+            if lesson.code is not None:
+                lesson.code.copy_(tensors[f"code.{lesson.number}"])
+        names = list(self.parameters)
         state = {index: {} for index in range(len(names))}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, key, parameter = name.split(".", 2)
-                state[names.index(parameter)][key] = tensor.clone()  # or its next steps would change ``tensors``
+                if parameter in self.parameters:  # not one of another process
+                    state[names.index(parameter)][key] = tensor.clone()  # or its next steps would change ``tensors``
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def state_dict(self):
         """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened.
 
-        Tensors: the weights and the optimizer's state, now and at the lowest loss; the random state; what lives.
+        Tensors: the weights and the optimizer's state, now and at the lowest loss; the random state; what lives. Of many
+        processes it is what this one knows, and all of them together know all.
         """
         tensors = self._learned()
         tensors.update({f"best.{name}": tensor for name, tensor in self.best.items()})
-        tensors["random_state"] = self.generator.get_state()
-        tensors["living.mel"], tensors["living.linear"] = (grid.clone() for grid in self.living_grids)
-        tensors["living.ages"], tensors["errors"] = self.ages.clone(), self.errors.clone()
-        numbers = {"epoch": self.epoch, "seconds": self.seconds, "setbacks": self.setbacks}
-        waiting = [list(windows.waiting) for windows in (self.seed_windows, self.living_windows)]
-        return tensors, {**numbers, "waiting": waiting, "guard": self.guard.state_dict()}
+        numbers = {"epoch": self.epoch, "seconds": self.seconds, "setbacks": self.setbacks, "batch": self.batch}
+        numbers |= {"guard": self.guard.state_dict(), "lessons": {}, "turns": {}}
+        for share, turns in zip(range(self.rank, self.batch, self.processes), self.turns):
+            tensors[f"random_state.{share}"] = turns.generator.get_state()
+            numbers["turns"][str(share)] = list(turns.waiting)
+        for lesson in self.lessons:
+            own, numbers["lessons"][str(lesson.number)] = lesson.state_dict()
+            tensors.update({f"lesson.{lesson.number}.{name}": tensor for name, tensor in own.items()})
+        return tensors, numbers
 
     def load_state_dict(self, tensors, numbers):
         self._load_learned(tensors)
         self.best = {name[len("best.") :]: tensor for name, tensor in tensors.items() if name.startswith("best.")}
-        self.generator.set_state(tensors["random_state"])
-        device = self.living_grids[0].device
-        self.living_grids = tuple(tensors[name].clone().to(device) for name in ("living.mel", "living.linear"))
-        self.ages, self.errors = tensors["living.ages"].clone(), tensors["errors"].clone()
-        for windows, waiting in zip((self.seed_windows, self.living_windows), numbers["waiting"]):
-            windows.waiting = list(waiting)
         for name in ("epoch", "seconds", "setbacks"):
             setattr(self, name, numbers[name])
         self.guard.load_state_dict(numbers["guard"])
+        for share, turns in zip(range(self.rank, self.batch, self.processes), self.turns):
+            turns.generator.set_state(tensors[f"random_state.{share}"])
+            turns.waiting = list(numbers["turns"][str(share)])
+        for lesson in self.lessons:
+            prefix = f"lesson.{lesson.number}."
+            own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            lesson.load_state_dict(own, numbers["lessons"][str(lesson.number)])
+            self._errors[lesson.number] = lesson.errors.nanmean(dim=1).tolist()
