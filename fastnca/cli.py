@@ -56,6 +56,11 @@ Precision = Annotated[
     str | None,
     typer.Option(help="Train with matrix products in fp32, bf16 or, on a GPU, tf32. auto takes the faster."),
 ]
+Path_ = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="The folder of a finished run or a space, or the model file, wherever that is."),
+]
+Sound = Annotated[str | None, typer.Option(help="Of a space, take the sound of this name.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that the folder holds.")]
 
@@ -118,7 +123,7 @@ class _Terminal:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def __call__(self, event):
-        from .growth import Done, EpochDone, PictureDue, Setback, TrainingDone
+        from .growth import EpochDone, PictureDue, Setback, SoundGrown, TrainingDone
 
         if isinstance(event, EpochDone):
             row = event.row
@@ -131,9 +136,26 @@ class _Terminal:
             self.print(self.line)
         elif isinstance(event, TrainingDone) and event.stopped:
             self.print(f"stopped after epoch {event.epoch}; writing what has grown so far")
-        elif isinstance(event, Done) and event.sound.gain < 1.0:
-            quieter = -20 * math.log10(event.sound.gain)
-            self.print(f"generated.wav would have clipped and was made {quieter:.1f} dB quieter")
+        elif isinstance(event, SoundGrown):
+            self.show_progress(event.done / event.total, f"growing {event.name}")
+
+
+def _train(training, folder, console, lines, tensorboard=False):
+    """Takes the events of a growth or a learning to their end -> the result."""
+    with ExitStack() as stack:
+        stack.enter_context(_ctrl_c_stops(training))
+        terminal = _Terminal(console, stack.enter_context(_progress_bar(console)))
+        listeners = [terminal]
+        if tensorboard:
+            listeners.append(stack.enter_context(_tensorboard(folder.path, training.trainer.epoch)))
+        for line in lines:
+            if line:
+                terminal.print(str(line))
+        terminal.show_progress(training.trainer.progress, "first epoch")
+        for event in stack.enter_context(closing(folder.record(training))):
+            for listener in listeners:
+                listener(event)
+    return event.result
 
 
 def _grow(audio, out, tensorboard=False, **options):
@@ -144,20 +166,12 @@ def _grow(audio, out, tensorboard=False, **options):
     console = Console(stderr=True)
     with _one_line_errors(2):
         growth, folder = prepare(audio, out, **options)
-    with _one_line_errors(1), ExitStack() as stack:
-        stack.enter_context(_ctrl_c_stops(growth))
-        terminal = _Terminal(console, stack.enter_context(_progress_bar(console)))
-        listeners = [terminal]
-        if tensorboard:
-            listeners.append(stack.enter_context(_tensorboard(folder.path, growth.trainer.epoch)))
-        for line in (growth.source, growth.vocoder.hint):
-            if line:
-                terminal.print(str(line))
-        terminal.show_progress(growth.trainer.progress, "first epoch")
-        for event in stack.enter_context(closing(folder.record(growth))):
-            for listener in listeners:
-                listener(event)
-    result = event.sound.metrics
+    with _one_line_errors(1):
+        sound = _train(growth, folder, console, (growth.source, growth.vocoder.hint), tensorboard)
+    if sound.gain < 1.0:
+        quieter = -20 * math.log10(sound.gain)
+        typer.echo(f"generated.wav would have clipped and was made {quieter:.1f} dB quieter", err=True)
+    result = sound.metrics
     typer.echo(
         f"{folder.path}: {result['epochs']} epochs at {result['seconds_per_epoch']:.2f} s "
         f"({result['backend']} {result['precision']}), "
@@ -224,6 +238,81 @@ def grow(
 
 
 @app.command()
+def learn(
+    sounds: Annotated[
+        list[Path] | None, typer.Argument(metavar="SOUND...", help="Recordings, and folders of recordings.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the space.")] = Path("fastnca-space"),
+    epochs: Epochs = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="End training after this many minutes in all; 4 for each sound by default.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Use this many seconds of each recording; 3 by default.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Learn from so many sounds in one epoch; one for each process by default.")
+    ] = None,
+    pitch: Annotated[
+        str | None, typer.Option(help="auto finds the pitch of each recording; none learns all of them without.")
+    ] = None,
+    vocoder: Vocoder = None,
+    bigvgan: BigVGAN = None,
+    backend: Backend = None,
+    precision: Precision = None,
+    checkpoint_every_epochs: Annotated[int, typer.Option(help="Save a checkpoint every so many epochs.")] = 1000,
+    seed: Seed = None,
+    resume: Resume = False,
+    force: Force = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the losses for TensorBoard too.")] = False,
+):
+    """Teach one automaton to grow many sounds, each told apart by a code, and all that lies between them.
+
+    Started by torchrun, its processes share the work.
+    """
+    from rich.console import Console
+
+    from .learning import job, prepare
+
+    with job() as (rank, processes):
+        console = Console(stderr=True, quiet=rank > 0)
+        with _one_line_errors(2), _progress_bar(console) as show:
+            learning, folder = prepare(
+                sounds or (),
+                out,
+                epochs=epochs,
+                minutes=minutes,
+                duration=duration,
+                batch=batch,
+                pitch=pitch,
+                vocoder=vocoder,
+                bigvgan=bigvgan,
+                backend=backend,
+                precision=precision,
+                checkpoint_every_epochs=checkpoint_every_epochs,
+                seed=seed,
+                resume=resume,
+                force=force,
+                rank=rank,
+                processes=processes,
+                on_read=lambda done, total: show(done / total, f"reading {done + 1} of {total}"),
+            )
+        lines = [f"left out: {reason}" for reason in learning.left_out.values()]
+        lines.append(f"{len(learning.names)} sounds, {sum(1 for pitch in learning.pitches_hz if pitch)} with a pitch")
+        with _one_line_errors(1):
+            _train(learning, folder, console, [*lines, learning.vocoder.hint], tensorboard and rank == 0)
+        if rank == 0:
+            report = learning.report()
+            typer.echo(
+                f"{out}: {len(learning.names)} sounds, {report['epochs']} epochs at {report['seconds_per_epoch']:.2f} s "
+                f"({report['backend']} {report['precision']}), in the median mel {report['median_mel_l1_db']:.1f} dB and "
+                f"linear {report['median_linear_l1_db']:.1f} dB from the targets, decoded by {report['vocoder']}"
+            )
+        if learning.stopped:
+            raise typer.Exit(130)
+
+
+@app.command()
 def demo(
     out: Out = Path("fastnca-demo"),
     epochs: Epochs = None,
@@ -253,9 +342,8 @@ def demo(
 
 @app.command()
 def generate(
-    path: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file, wherever that is.")
-    ],
+    path: Path_,
+    sound: Sound = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
     frames: Annotated[int | None, typer.Option(help="Grow this many time frames, 256 samples each.")] = None,
     steps: Annotated[
@@ -294,9 +382,10 @@ def generate(
 
     console = Console(stderr=True)
     with _one_line_errors(2), _progress_bar(console) as show:
-        written, sound = write_generated(
+        written, grown = write_generated(
             path,
             out,
+            sound=sound,
             n_frames=frames,
             num_steps=steps,
             time=time,
@@ -311,11 +400,50 @@ def generate(
             backend=backend,
             on_step=lambda done, total: show(done / total, f"step {done} of {total}"),
         )
-    if sound.model.vocoder.hint:
-        typer.echo(sound.model.vocoder.hint, err=True)
-    typer.echo(f"{written[0]}: decoded by {sound.model.vocoder.name}")
+    if grown.model.vocoder.hint:
+        typer.echo(grown.model.vocoder.hint, err=True)
+    typer.echo(f"{written[0]}: decoded by {grown.model.vocoder.name}")
     for path in written[1:]:
         typer.echo(str(path))
+
+
+@app.command()
+def morph(
+    path: Annotated[Path, typer.Argument(metavar="SPACE", help="The folder of a space, or the file in it.")],
+    sounds: Annotated[
+        list[str], typer.Argument(metavar="A B", help="Two of its sounds, or shares of any number: A=0.5 B=0.3 C=0.2.")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
+    amount: Annotated[float | None, typer.Option(help="How much of B, from 0 to 1; half by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Write so many sounds instead, from A to B.")] = None,
+    glide: Annotated[
+        bool, typer.Option("--glide", help="Write one sound that is A at its beginning and B at its end.")
+    ] = False,
+    vocoder: Vocoder = None,
+    bigvgan: BigVGAN = None,
+    backend: Backend = "auto",
+):
+    """Grow what lies between the sounds of a space, and write it."""
+    from rich.console import Console
+
+    from .morph import morph as write_morph
+
+    with _one_line_errors(2), _progress_bar(Console(stderr=True)) as show:
+        written, grown = write_morph(
+            path,
+            sounds,
+            out,
+            amount=amount,
+            steps=steps,
+            glide=glide,
+            vocoder=vocoder,
+            bigvgan=bigvgan,
+            backend=backend,
+            on_step=lambda done, total: show(done / total, f"sound {done + 1} of {total}"),
+        )
+    for wav in written:
+        typer.echo(str(wav))
+    typer.echo(f"decoded by {grown[0].model.vocoder.name}", err=True)
 
 
 @app.command()

@@ -140,10 +140,10 @@ class Context(nn.Module):
         return tuple(table[None] for table in tables)
 
     @torch.no_grad()
-    def with_code(self, code, pitch_hz):
-        """The context of one sound of many, by its code [code_size] and its pitch, None for none.
+    def with_code(self, code, pitch_hz, tonality):
+        """The context of one sound of many, see ``DualSpecTNCA.with_code``.
 
-        -> (Context without codes, bias [128] that the rule's first layer takes up).
+        -> (Context without codes, bias [128] that the rule's first layer takes up)
         """
         one = Context(replace(self.places, code_size=0, pitch_hz=pitch_hz), *self.n_bands).to(self.rows.weight)
         bias = 0.0
@@ -152,6 +152,8 @@ class Context(nn.Module):
             weight, constant = gates.folded(code)
             layer.weight.copy_((getattr(self, name).weight + weight)[:, : layer.in_features])
             bias = bias + constant
+        if pitch_hz is not None:
+            one.rows.weight[:, -2 * len(WAVES_PER_PARTIAL) :] *= tonality
         return one, bias
 
     def row_features(self, pitch_hz):

@@ -116,6 +116,17 @@ def write_safetensors(path, tensors, kind, version, metadata):
         file.write(save(tensors, header))
 
 
+def kind_of(path):
+    """The ``kind`` with which :func:`write_safetensors` wrote a file, None for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("fastnca", "{}")).get("format")
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
 def read_safetensors(path, kind):
     """(tensors, version, metadata) of a file that :func:`write_safetensors` wrote.
 

@@ -14,7 +14,8 @@ from .sound.files import check_wav_name, write_wav
 from .sound.pictures import save_growth, save_picture
 from .sound.pitch import read_pitch
 from .sound.spectrogram import linear_centers, mel_centers
-from .sound_model import find_model_file, load
+from .sound_model import find_model_file
+from .space import load_sound
 
 MAX_PICTURES = 96  # of an animated growth, beside the seed
 STAGES = 8  # of a growth that is heard
@@ -26,6 +27,7 @@ def generate(
     path,
     out=None,
     *,
+    sound=None,
     n_frames=None,
     num_steps=None,
     time="stretch",
@@ -47,7 +49,7 @@ def generate(
     seeds than by default, the name says them.
 
     Args:
-        path: the folder that ``fastnca grow`` wrote, or a model file.
+        path: the folder that ``fastnca grow`` or ``learn`` wrote, or the model file in it. sound: of a space, which.
         n_frames, num_steps, time: see ``SoundModel.grow``.
         pitch: a note ("E4"), semitones from the recording ("+3") or a frequency ("330hz").
         seeds_every: let life begin at a lattice of cells, so far apart, instead of one cell in the middle.
@@ -61,7 +63,7 @@ def generate(
     Raises ValueError, TypeError, OSError for bad input, RuntimeError for a backend that cannot run here.
     """
     model_file = find_model_file(path)
-    model = load(model_file, backend=backend, vocoder=vocoder, bigvgan=bigvgan)
+    model = load_sound(model_file, sound, backend=backend, vocoder=vocoder, bigvgan=bigvgan)
     recorded_hz = model.automaton.places and model.automaton.places.pitch_hz
     if pitch is not None and recorded_hz is None:
         raise ValueError(
@@ -75,6 +77,7 @@ def generate(
         raise ValueError(f"heal must be at least 1 step, got {heal}")
     if out is None:
         name = "generated" if Path(path).is_dir() else f"{model_file.stem}_generated"
+        name += "" if sound is None else f"_{sound}"
         if n_frames not in (None, model.card.n_frames) or num_steps is not None:
             name += f"_{plan.n_frames}x{plan.num_steps}"
         name += "" if time == "stretch" else f"_{time}"
@@ -118,9 +121,9 @@ def generate(
         written += save_growth(out.with_suffix(".gif"), growing)
     for _ in growing:  # on to the end where nothing is drawn
         pass
-    sound = model.decode(*model.automaton.levels(grids))
-    rows = [(f"grown, {plan.num_steps} steps", sound.spectrogram)]
-    sound.save(out)
+    grown = model.decode(*model.automaton.levels(grids))
+    rows = [(f"grown, {plan.num_steps} steps", grown.spectrogram)]
+    grown.save(out)
     if hear_growth:
         pause = np.zeros(PAUSE, dtype=np.float32)
         samples, _ = within_full_scale(np.concatenate([part for stage in heard for part in (stage, pause)]))
@@ -137,7 +140,7 @@ def generate(
         if on_step:
             on_step(total, total)
     written[1:1] = save_picture(beside(".png"), rows)
-    return written, sound
+    return written, grown
 
 
 def _stages(num_steps, count):

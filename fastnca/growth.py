@@ -1,4 +1,4 @@
-"""The growth of one sound: training as a sequence of events. It knows no terminal, no signals and no folder."""
+"""Training as a sequence of events, and the growth of one sound. They know no terminal, no signals and no folder."""
 
 import copy
 import hashlib
@@ -16,7 +16,7 @@ from .sound.files import load_audio, without_rumble
 from .sound.pitch import find_pitch, read_pitch
 from .sound.spectrogram import analyze
 from .sound.vocoder import resolve_vocoder
-from .sound_model import GrownSound, SoundCard, SoundModel
+from .sound_model import SoundCard, SoundModel
 from .training.trainer import Trainer
 from .version import __version__
 
@@ -62,10 +62,19 @@ class TrainingDone:
 
 
 @dataclass(frozen=True)
-class Done:
-    """The sound has grown. It is the last event."""
+class SoundGrown:
+    """One of many learned sounds has been grown and decoded: ``done`` of ``total``."""
 
-    sound: GrownSound
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event. result: the GrownSound of a growth, the Space of what learned many sounds."""
+
+    result: object
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Checkpoint:
         write_safetensors(path, self.tensors, "checkpoint", CHECKPOINT_VERSION, metadata)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, settings_type=RunSettings):
         """Raises FileNotFoundError, or ValueError for what is no checkpoint or of another version."""
         tensors, version, metadata = read_safetensors(path, "checkpoint")
         if version != CHECKPOINT_VERSION:
@@ -97,81 +106,66 @@ class Checkpoint:
                 f"{CHECKPOINT_VERSION}; go on with the fastnca that started the run, or start over with --force"
             )
         try:
-            settings = RunSettings.from_dict(metadata["settings"])
+            settings = settings_type.from_dict(metadata["settings"])
             return cls(settings, tensors, metadata["trainer"], metadata["fingerprint"])
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is damaged or of another fastnca: {reason}; start over with --force") from error
 
 
-class Growth:
-    """One sound being learned.
+def choose(settings):
+    """(device, backend, precision) of a training by these settings. Raises RuntimeError where they cannot run here."""
+    device = backends.choose_device(settings.backend)
+    backend = backends.choose_backend(settings.backend, device=device)
+    precision = settings.precision if settings.precision != "auto" else backends.fastest_precision(backend)
+    backends.choose_backend(backend, device=device, precision=precision)
+    return device, backend, precision
 
-    Making one checks everything that can be checked; :meth:`events` does the work. While one thread takes the events,
-    others may call :meth:`pause`, :meth:`go_on`, :meth:`stop`, :meth:`extend`, :meth:`model` and :meth:`grown`.
+
+def fingerprint(target):
+    """Of a DualSpectrogram: equal ones have equal fingerprints."""
+    return hashlib.sha256(target.mel_db.numpy().tobytes() + target.linear_db.numpy().tobytes()).hexdigest()
+
+
+def chosen_pitch(samples, choice):
+    """The pitch in Hz of a recording by the setting ``pitch``, or None."""
+    if choice == "none":
+        return None
+    return find_pitch(samples) if choice == "auto" else read_pitch(choice)
+
+
+class Training:
+    """A trainer at work, as a sequence of events.
+
+    While one thread takes the events, others may call :meth:`pause`, :meth:`go_on`, :meth:`stop` and :meth:`extend`.
 
     Args:
-        source: the path of a recording, or samples [n] at 22.05 kHz.
-        settings: RunSettings.
-        checkpoint: where an interrupted run goes on.
-        checkpoint_every_epochs: epochs between two CheckpointDue.
-
-    Raises:
-        ValueError, TypeError, OSError: bad input, said in one line. RuntimeError: a backend that cannot run here.
+        checkpoint_every_epochs, picture_every_epochs: epochs between two CheckpointDue, and two PictureDue.
+        fingerprint: of what is learned.
     """
 
-    @on_cpu
-    def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=100):
+    def __init__(self, settings, trainer, fingerprint, checkpoint_every_epochs, picture_every_epochs):
         if checkpoint_every_epochs < 1:
             raise ValueError(f"checkpoint_every_epochs must be at least 1, got {checkpoint_every_epochs}")
         self.settings = settings
-        self.checkpoint_every_epochs = checkpoint_every_epochs
-        device = backends.choose_device(settings.backend)
-        backend = backends.choose_backend(settings.backend, device=device)
-        precision = settings.precision if settings.precision != "auto" else backends.fastest_precision(backend)
-        backends.choose_backend(backend, device=device, precision=precision)
-        self.source = None  # what was found in the file, an AudioInfo
-        if isinstance(source, (str, os.PathLike)):
-            self.samples, self.source = load_audio(source, settings.duration)
-        else:
-            self.samples, note = without_rumble(as_samples(source, minimum=2 * N_FFT))
-            if note:
-                warnings.warn(f"of the samples, {note}", stacklevel=2)
-        self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
-        self.target = analyze(self.samples, self.vocoder.bands)
-        grids = self.target.mel_db.numpy().tobytes() + self.target.linear_db.numpy().tobytes()
-        self.fingerprint = hashlib.sha256(grids).hexdigest()
-        self.trainer = Trainer(
-            [self.target],
-            settings.recipe,
-            settings.budget,
-            seed=settings.seed,
-            backend=backend,
-            precision=precision,
-            device=device,
-            pitches_hz=[self._pitch() if settings.recipe.context else None],
-        )
-        if checkpoint:
-            if checkpoint.fingerprint != self.fingerprint:
-                raise ValueError(
-                    "the run was started on another sound or other mel bands; give it the same audio file, vocoder and "
-                    "duration, or start over with --force"
-                )
-            try:
-                self.trainer.load_state_dict(checkpoint.tensors, checkpoint.numbers)
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-                reason = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(
-                    f"the checkpoint is damaged or of another fastnca: {reason}; start over with --force"
-                ) from error
+        self.trainer = trainer
+        self.fingerprint = fingerprint
+        self.checkpoint_every_epochs, self.picture_every_epochs = checkpoint_every_epochs, picture_every_epochs
         self._running, self._stopped = threading.Event(), threading.Event()
         self._running.set()
-        self._present = self._snapshot()
 
-    def _pitch(self):
-        if self.settings.pitch == "none":
-            return None
-        return find_pitch(self.samples) if self.settings.pitch == "auto" else read_pitch(self.settings.pitch)
+    def take_up(self, checkpoint, what):
+        """Go on where a run was interrupted. Raises ValueError for a checkpoint of something else, ``what`` says of
+        what it should be, or for a damaged one."""
+        if checkpoint.fingerprint != self.fingerprint:
+            raise ValueError(f"the run was started on {what}, or start over with --force")
+        try:
+            self.trainer.load_state_dict(checkpoint.tensors, checkpoint.numbers)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"the checkpoint is damaged or of another fastnca: {reason}; start over with --force"
+            ) from error
 
     def pause(self):
         """Hold training after the present epoch, until :meth:`go_on` or :meth:`stop`."""
@@ -181,7 +175,7 @@ class Growth:
         self._running.set()
 
     def stop(self):
-        """End training after the present epoch; the sound that has grown by then is decoded."""
+        """End training after the present epoch; what has been learned by then is decoded."""
         self._stopped.set()
         self._running.set()
 
@@ -198,7 +192,7 @@ class Growth:
     def events(self):
         """Train, and yield what happens; see the event classes above.
 
-        Raises TrainingDiverged where training went wrong for good. The growth is then at its lowest loss.
+        Raises TrainingDiverged where training went wrong for good. The trainer is then at its lowest loss.
         """
         trainer = self.trainer
         while trainer.progress < 1.0 and not self.stopped:
@@ -209,16 +203,81 @@ class Growth:
             try:
                 row = trainer.train_epoch()
             finally:
-                self._present = self._snapshot()
+                self._epoch_ended()
             if trainer.setbacks > setbacks:
                 yield Setback(trainer.epoch)
             yield EpochDone(row, trainer.progress, max(0.0, trainer.seconds * (1.0 / trainer.progress - 1.0)))
-            if trainer.epoch % self.settings.recipe.picture_every_epochs == 0:
+            if trainer.epoch % self.picture_every_epochs == 0:
                 yield PictureDue(trainer.epoch)
             if trainer.epoch % self.checkpoint_every_epochs == 0:
                 yield CheckpointDue(trainer.epoch)
         yield TrainingDone(trainer.epoch, self.stopped)
-        yield Done(self.sound())
+        yield from self._ending()
+
+    def _ending(self):
+        yield Done(self.result())
+
+    def _epoch_ended(self):
+        """Called after every epoch, also one that raised."""
+
+    def result(self):
+        """What has been learned, grown and compared with what it should be."""
+        raise NotImplementedError
+
+    def checkpoint(self):
+        """-> Checkpoint; only for the thread that takes the events."""
+        tensors, numbers = self.trainer.state_dict()
+        return Checkpoint(self.settings, tensors, numbers, self.fingerprint)
+
+
+class Growth(Training):
+    """One sound being learned.
+
+    Making one checks everything that can be checked; :meth:`events` does the work. While one thread takes the events,
+    others may also call :meth:`model` and :meth:`grown`.
+
+    Args:
+        source: the path of a recording, or samples [n] at 22.05 kHz.
+        settings: RunSettings.
+        checkpoint: where an interrupted run goes on.
+        checkpoint_every_epochs: epochs between two CheckpointDue.
+
+    Raises:
+        ValueError, TypeError, OSError: bad input, said in one line. RuntimeError: a backend that cannot run here.
+    """
+
+    @on_cpu
+    def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=100):
+        device, backend, precision = choose(settings)
+        self.source = None  # what was found in the file, an AudioInfo
+        if isinstance(source, (str, os.PathLike)):
+            self.samples, self.source = load_audio(source, settings.duration)
+        else:
+            self.samples, note = without_rumble(as_samples(source, minimum=2 * N_FFT))
+            if note:
+                warnings.warn(f"of the samples, {note}", stacklevel=2)
+        self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
+        self.target = analyze(self.samples, self.vocoder.bands)
+        trainer = Trainer(
+            [self.target],
+            settings.recipe,
+            settings.budget,
+            seed=settings.seed,
+            backend=backend,
+            precision=precision,
+            device=device,
+            pitches_hz=[chosen_pitch(self.samples, settings.pitch) if settings.recipe.context else None],
+        )
+        picture_every_epochs = settings.recipe.picture_every_epochs
+        super().__init__(settings, trainer, fingerprint(self.target), checkpoint_every_epochs, picture_every_epochs)
+        if checkpoint:
+            self.take_up(
+                checkpoint, "another sound or other mel bands; give it the same audio file, vocoder and duration"
+            )
+        self._present = self._snapshot()
+
+    def _epoch_ended(self):
+        self._present = self._snapshot()
 
     def _snapshot(self):
         """The weights as they are after an epoch, for threads that ask while the next one changes them."""
@@ -252,13 +311,8 @@ class Growth:
         num_steps = recipe.num_steps if recipe.seed_spacing is None else 2 * recipe.seed_spacing
         return self.target.with_grids(*automaton.grow(self.target.n_frames, num_steps, at=recipe.seed_spacing))
 
-    def checkpoint(self):
-        """-> Checkpoint; only for the thread that takes the events."""
-        tensors, numbers = self.trainer.state_dict()
-        return Checkpoint(self.settings, tensors, numbers, self.fingerprint)
-
     @on_cpu
-    def sound(self):
+    def result(self):
         """What the model grows now, decoded and compared with the recording -> GrownSound."""
         trainer, model = self.trainer, self.model()
         steps = model.plan().num_steps

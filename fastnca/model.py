@@ -233,12 +233,13 @@ class DualSpecTNCA(nn.Module):
         return None
 
     @torch.no_grad()
-    def with_code(self, code, pitch_hz=None):
+    def with_code(self, code, pitch_hz=None, tonality=1.0):
         """The rule of one sound of many, as a model that knows no codes: what a code does is linear in a place's
         coordinates, so the layers take it up.
 
         Args:
             code: [code_size], the sound's. pitch_hz: the sound's own, None for a sound without one.
+            tonality: from 1 for a sound with that pitch to 0 for one without, to which its partials do not matter.
         """
         one = DualSpecTNCA(
             **{**self.config, "context": replace(self.places, code_size=0, pitch_hz=pitch_hz)},
@@ -246,7 +247,7 @@ class DualSpecTNCA(nn.Module):
             precision=self.precision,
         )
         one.update_mlp.load_state_dict(self.update_mlp.state_dict())
-        one.context, bias = self.context.with_code(code, pitch_hz)
+        one.context, bias = self.context.with_code(code, pitch_hz, tonality)
         one.to(self.update_mlp[0].weight)
         one.update_mlp[0].bias += bias
         return one

@@ -63,6 +63,9 @@ class RunFolder:
     :meth:`release`.
     """
 
+    files = RUN_FILES  # that a run writes, the checkpoint first
+    settings_type = RunSettings
+
     def __init__(self, path):
         self.path = Path(path)
         self.losses = []  # rows of losses.csv
@@ -97,14 +100,14 @@ class RunFolder:
             raise NotADirectoryError(f"{self.path} is a file; the output must be a folder")
         if self.path.exists():
             self._own()
-        existing = [name for name in RUN_FILES if (self.path / name).exists()]
+        existing = [name for name in self.files if (self.path / name).exists()]
         if resume:
             if CHECKPOINT_FILE not in existing:
                 raise FileNotFoundError(
                     f"nothing to resume in {self.path}: it holds no {CHECKPOINT_FILE}; start without --resume"
                 )
             self._goes_on = True
-            return Checkpoint.load(self.path / CHECKPOINT_FILE)
+            return Checkpoint.load(self.path / CHECKPOINT_FILE, self.settings_type)
         if existing and CHECKPOINT_FILE not in existing:
             raise FileExistsError(
                 f"{self.path} holds {', '.join(existing[:3])} but no run; remove what a run would overwrite, or choose "
@@ -126,14 +129,14 @@ class RunFolder:
                 self._read_losses(growth.trainer.epoch)
             else:
                 self._clear()
-            for name in RUN_FILES:
+            for name in self.files:
                 remove_partials(self.path / name)
             try:
                 self._save_checkpoint(growth)  # first: what holds no checkpoint is not taken for a run
+                self._save_losses()
                 self._save_model(growth)
                 (self.path / "progress").mkdir(exist_ok=True)
-                write_wav(self.path / "target.wav", growth.samples)
-                save_picture(self.path / "target.png", [("target", growth.target)])
+                self._write_targets(growth)
             except BaseException:
                 if not self._goes_on:
                     self._clear()  # or nothing could begin here
@@ -142,7 +145,7 @@ class RunFolder:
             raise OSError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
 
     def _clear(self):
-        for name in reversed(RUN_FILES):  # the checkpoint last: until then it is a run
+        for name in reversed(self.files):  # the checkpoint last: until then it is a run
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
@@ -163,26 +166,25 @@ class RunFolder:
         try:
             for event in growth.events():
                 if isinstance(event, PictureDue):
-                    picture = self.path / "progress" / f"epoch_{event.epoch:04d}.png"
-                    save_picture(picture, [(f"epoch {event.epoch}", growth.grown())])
+                    self._write_picture(growth, self.path / "progress" / f"epoch_{event.epoch:04d}.png")
                 elif isinstance(event, (CheckpointDue, TrainingDone)):
+                    self._save_losses()
                     self._save_model(growth)
                     self._save_checkpoint(growth)  # last: what it goes on from is there
                 elif isinstance(event, Done):
-                    self._write_results(growth, event.sound)
+                    self._write_results(growth, event.result)
                 elif isinstance(event, EpochDone):
                     self.losses.append(event.row)
                 yield event
         except TrainingDiverged:
             if growth.trainer.epoch:
-                growth.model().save(self.path / MODEL_FILE)
-                self._write_results(growth, growth.sound())
+                self._save_model(growth)
+                self._write_results(growth, growth.result())
             raise
         finally:
             self.release()
 
-    def _save_model(self, growth):
-        """Write the losses and a usable model; each file is whole or the one before."""
+    def _save_losses(self):
         text = io.StringIO(newline="")
         if self.losses:
             names = {**self.losses[0], **self.losses[-1]}  # somebody may have removed a column, or added one
@@ -191,10 +193,19 @@ class RunFolder:
             rows.writerows(self.losses)
         with atomic_write(self.path / LOSSES_FILE) as file:
             file.write(text.getvalue().encode())
+
+    def _save_model(self, growth):
         growth.model().save(self.path / MODEL_FILE)
 
     def _save_checkpoint(self, growth):
         growth.checkpoint().save(self.path / CHECKPOINT_FILE)
+
+    def _write_targets(self, growth):
+        write_wav(self.path / "target.wav", growth.samples)
+        save_picture(self.path / "target.png", [("target", growth.target)])
+
+    def _write_picture(self, growth, path):
+        save_picture(path, [(f"epoch {growth.trainer.epoch}", growth.grown())])
 
     def _write_results(self, growth, sound):
         sound.save(self.path / "generated.wav")
@@ -290,4 +301,4 @@ def grow(
         for event in events:
             if on_event:
                 on_event(event)
-    return event.sound
+    return event.result

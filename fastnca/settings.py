@@ -8,7 +8,7 @@ from .training.recipes import RECIPES, Recipe, find_recipe
 from .training.trainer import Budget
 
 DEFAULT_MINUTES = 10.0
-FIXED = ("recipe", "duration", "seed", "pitch")  # a run that goes on cannot change these
+MINUTES_PER_SOUND = 4.0  # of many
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,15 @@ class RunSettings:
     backend: str = "auto"
     precision: str = "auto"
 
+    fixed = ("recipe", "duration", "seed", "pitch")  # a run that goes on cannot change these
+
     @property
     def budget(self):
         return Budget(self.epochs, self.minutes)
+
+    @property
+    def default_minutes(self):
+        return DEFAULT_MINUTES
 
     @classmethod
     def merge(cls, given, stored=None):
@@ -52,7 +58,7 @@ class RunSettings:
             given["recipe"] = find_recipe(given["recipe"])
         if os.path.isdir(given.get("bigvgan", "")):
             given["bigvgan"] = os.path.abspath(given["bigvgan"])
-        for name in FIXED if stored else ():
+        for name in cls.fixed if stored else ():
             before = getattr(stored, name)
             if given.get(name, before) != before:
                 before, wanted = (getattr(value, "name", value) for value in (before, given[name]))
@@ -64,7 +70,7 @@ class RunSettings:
             given = {"epochs": None, "minutes": None, **given}
         settings = replace(stored or cls(), **given)
         if settings.epochs is None and settings.minutes is None:
-            settings = replace(settings, minutes=DEFAULT_MINUTES)
+            settings = replace(settings, minutes=settings.default_minutes)
         Budget(settings.epochs, settings.minutes)  # raises where they make no budget
         return settings
 
@@ -75,3 +81,21 @@ class RunSettings:
     @classmethod
     def from_dict(cls, values):
         return from_fields(cls, {**values, "recipe": from_fields(Recipe, values["recipe"])})
+
+
+@dataclass(frozen=True)
+class SpaceSettings(RunSettings):
+    """Those of a run that learns many sounds, and beside them:
+
+    sounds: the paths of the recordings. batch: sounds of one epoch; 0 for as many as there are processes. pitch: "auto"
+    or "none". Without epochs or minutes it learns for 4 minutes a sound.
+    """
+
+    sounds: list = field(default_factory=list)
+    batch: int = 0
+
+    fixed = (*RunSettings.fixed, "batch")
+
+    @property
+    def default_minutes(self):
+        return MINUTES_PER_SOUND * len(self.sounds)

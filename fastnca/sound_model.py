@@ -9,7 +9,7 @@ import torch
 
 from .automaton.backends import check_names, choose_backend, choose_device
 from .context import Places
-from .files import from_fields, read_safetensors, write_safetensors
+from .files import from_fields, kind_of, read_safetensors, write_safetensors
 from .model import DualSpecTNCA, frame_times
 from .sound.convention import MelBands, on_cpu, within_full_scale
 from .sound.files import write_wav
@@ -17,6 +17,7 @@ from .sound.spectrogram import DualSpectrogram, Scale
 from .sound.vocoder import Vocoder, resolve_vocoder
 
 MODEL_FILE = "model.safetensors"
+SPACE_FILE = "space.safetensors"  # in its place, of many sounds
 MODEL_VERSION = 3  # of the file; versions from 2 on stay readable
 MIN_FRAMES = 8
 SETTLING_STEPS = 32  # that a growth goes on for when life has reached every cell
@@ -200,22 +201,23 @@ def load_model(path, backend="auto", precision="fp32"):
 
 
 def find_model_file(path):
-    """The model file that ``path`` is or that the run's folder ``path`` holds. Raises FileNotFoundError."""
+    """The file of a model or a space that ``path`` is or that the folder ``path`` holds. Raises FileNotFoundError."""
     path = Path(path)
     if path.is_dir():
-        path = path / MODEL_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"no {MODEL_FILE} in {path.parent}; give a folder that fastnca grow wrote")
+        folder = path
+        path = next((folder / name for name in (MODEL_FILE, SPACE_FILE) if (folder / name).is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"no {MODEL_FILE} in {folder}; give a folder that fastnca grow or learn wrote")
     elif not path.is_file():
         raise FileNotFoundError(f"no such file or folder: {path}; give what fastnca grow wrote, or its {MODEL_FILE}")
     return path
 
 
 def load(path, *, backend="auto", vocoder=None, bigvgan=None):
-    """A sound that was learned, ready to grow again -> SoundModel.
+    """A sound that was learned, ready to grow again -> SoundModel, or many -> Space.
 
     Args:
-        path: the folder that ``fastnca grow`` or :func:`fastnca.grow` wrote, or a model file.
+        path: the folder that ``fastnca grow`` or ``fastnca learn`` wrote, or the model file or space file in it.
         backend: where it grows, "auto" or a name from ``fastnca info``.
         vocoder, bigvgan: another choice than the model's own, see ``vocoder.resolve_vocoder``.
 
@@ -225,6 +227,10 @@ def load(path, *, backend="auto", vocoder=None, bigvgan=None):
     >>> sound.save("violin_again.wav")
     """
     path = find_model_file(path)
+    if kind_of(path) == "space":
+        from .space import load_space  # which is made of SoundModels
+
+        return load_space(path, backend=backend, vocoder=vocoder, bigvgan=bigvgan)
     device = choose_device(backend)
     choose_backend(backend, device=device)
     automaton, card = load_model(path, backend=backend)

@@ -54,7 +54,7 @@ class TestEvents:
         assert [event.epoch for event in seen if isinstance(event, CheckpointDue)] == [2, 4]
         assert [event.progress for event in seen if isinstance(event, EpochDone)] == [0.2, 0.4, 0.6, 0.8, 1.0]
         assert seen[-2] == TrainingDone(5, stopped=False)
-        sound = seen[-1].sound
+        sound = seen[-1].result
         assert sound.metrics["epochs"] == 5 and len(sound.samples) == 2048
         model = growth.model()
         assert sound.metrics["steps"] == model.automaton.steps_to_fill(8) + SETTLING_STEPS
@@ -77,7 +77,7 @@ class TestEvents:
             seen.append(event)
             if isinstance(event, EpochDone):
                 growth.stop()
-        assert seen[-2] == TrainingDone(1, stopped=True) and seen[-1].sound.metrics["epochs"] == 1
+        assert seen[-2] == TrainingDone(1, stopped=True) and seen[-1].result.metrics["epochs"] == 1
 
     def test_another_thread_may_pause_look_and_stop(self, note):
         growth = make_growth(note, epochs=100000)

@@ -92,6 +92,22 @@ def _draw_spectrograms(rows):
     return _png(figure)
 
 
+def save_map(path, places):
+    """Write a PNG of sounds in a plane: ``places`` is {name: (x, y)}. Returns the paths of what was written."""
+    return _write(path, _drawn(path, _draw_map, places))
+
+
+def _draw_map(places):
+    figure = _figure((9, 9))
+    axis = figure.subplots()
+    axis.scatter(*zip(*places.values()), color="tab:purple")
+    for name, place in places.items():
+        axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8, parse_math=False)
+    axis.set(title="The sounds by their codes: first two principal components", aspect="equal", xticks=(), yticks=())
+    axis.margins(0.1)
+    return _png(figure)
+
+
 def save_growth(path, pictures):
     """Write a growth as an animated GIF, and as an MP4 beside it where ffmpeg is at hand: levels above, alpha (life)
     below, mel on the left and linear on the right. Returns the paths of what was written.

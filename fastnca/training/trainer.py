@@ -547,8 +547,8 @@ class Trainer:
     def state_dict(self):
         """(tensors, numbers): all that :meth:`load_state_dict` needs to go on as if nothing had happened.
 
-        Tensors: the weights and the optimizer's state, now and at the lowest loss; the random state; what lives. Of many
-        processes it is what this one knows, and all of them together know all.
+        Tensors: the weights and the optimizer's state, now and at the lowest loss; the random state; what lives. It is
+        what this process knows, and all of them together know all.
         """
         tensors = self._learned()
         tensors.update({f"best.{name}": tensor for name, tensor in self.best.items()})

@@ -1,0 +1,230 @@
+"""A space of sounds: one rule that has learned many, their codes, and what lies between them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import exp, log
+
+import torch
+
+from .automaton.backends import check_names, choose_backend, choose_device
+from .context import Places
+from .files import read_safetensors, write_safetensors
+from .model import DualSpecTNCA
+from .sound.convention import on_cpu
+from .sound.spectrogram import Scale
+from .sound.vocoder import resolve_vocoder
+from .sound_model import MIN_FRAMES, SoundCard, SoundModel, load
+
+SPACE_VERSION = 1
+GLIDE_FRAMES = 8  # that share a code on the way from one sound to the other
+GLIDE_STEPS = 4  # between two meetings of these parts; a step sees 2 cells far: its neighbors, and their life's
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One sound of a space.
+
+    code: [16], where it lies. card: what its grids mean. pitch_hz: None for a sound without one. tonality: 1 for a
+    sound with that pitch, less for what lies between such a one and one without. metrics: its distances from the
+    recording.
+    """
+
+    code: torch.Tensor = field(repr=False)
+    card: SoundCard
+    pitch_hz: float | None
+    tonality: float = 1.0
+    metrics: dict = field(default_factory=dict)
+
+
+class UnknownSound(KeyError, ValueError):
+    """A name that a space does not have."""
+
+    def __str__(self):
+        return self.args[0]  # KeyError would quote it
+
+
+class Space(Mapping):
+    """Many sounds that one rule has learned, by name, and all that lies between them.
+
+    ``space["violin"]`` is a SoundModel, which grows as any other; so is every mixture, see :meth:`mix`.
+
+    Args:
+        automaton: the DualSpecTNCA, with codes. members: {name: Member}. vocoder: decodes what grows.
+
+    >>> space = fastnca.load("strings")
+    >>> space["violin"].grow().save("violin.wav")
+    >>> space.morph("violin", "voice", 0.5).grow().save("between.wav")
+    """
+
+    def __init__(self, automaton, members, vocoder):
+        self.automaton, self.members, self.vocoder = automaton, members, vocoder
+
+    def __getitem__(self, name):
+        return self._model(self._member(name))
+
+    def __iter__(self):
+        return iter(self.members)
+
+    def __len__(self):
+        return len(self.members)
+
+    def __repr__(self):
+        return f"Space({', '.join(self.members)})"
+
+    def _member(self, name):
+        if name not in self.members:
+            raise UnknownSound(f"there is no sound {name!r} in the space; it has {', '.join(self.members)}")
+        return self.members[name]
+
+    def _model(self, member):
+        automaton = self.automaton.with_code(member.code, member.pitch_hz, member.tonality)
+        return SoundModel(automaton, member.card, self.vocoder)
+
+    def mix(self, shares):
+        """What lies between sounds -> SoundModel.
+
+        Args:
+            shares: {name: share}, not negative; they are divided by their sum. Codes, length and levels in dB are mixed
+                by them, and pitches in semitones; a sound without a pitch makes the mixture less tonal.
+
+        Raises KeyError for a name that the space does not have, ValueError for shares that make no mixture.
+        """
+        return self._model(self.between(shares))
+
+    def between(self, shares):
+        """As :meth:`mix` -> Member."""
+        total = sum(shares.values())
+        if not shares or min(shares.values()) < 0 or not 0 < total < float("inf"):
+            raise ValueError(f"shares of a mixture must not be negative, and one must be positive, got {shares}")
+        parts = [(share / total, self._member(name)) for name, share in shares.items()]
+
+        def mean(of):
+            return sum(share * of(member) for share, member in parts)
+
+        card = parts[0][1].card
+        scale = Scale(
+            mean(lambda member: member.card.scale.mel_ref_db),
+            mean(lambda member: member.card.scale.linear_ref_db),
+            card.scale.bands,
+        )
+        n_frames = max(MIN_FRAMES, round(mean(lambda member: member.card.n_frames)))
+        pitched = [(share * member.tonality, member.pitch_hz) for share, member in parts if member.pitch_hz and share]
+        tonality = sum(share for share, _ in pitched)
+        return Member(
+            mean(lambda member: member.code),
+            replace(card, scale=scale, n_frames=n_frames),
+            exp(sum(share * log(hertz) for share, hertz in pitched) / tonality) if pitched else None,
+            tonality if pitched else 1.0,
+        )
+
+    def morph(self, first, second, amount=0.5):
+        """What lies between two sounds, from ``first`` at 0 to ``second`` at 1 -> SoundModel."""
+        if not 0 <= amount <= 1:
+            raise ValueError(f"amount must be from 0 to 1, got {amount!r}")
+        return self.mix({first: 1.0 - amount, second: amount} if first != second else {first: 1.0})
+
+    @on_cpu
+    @torch.no_grad()
+    def glide(self, first, second, on_step=None):
+        """One sound that is ``first`` at its beginning and ``second`` at its end -> GrownSound.
+
+        It grows as any other, but that every part of 8 frames has the tables of another mixture. on_step: called with
+        (steps done, steps in all).
+        """
+        middle = self.morph(first, second)
+        plan = middle.plan()
+        n_frames, automaton = plan.n_frames, self.automaton
+        halo = 2 * GLIDE_STEPS
+        width = min(n_frames, GLIDE_FRAMES + 2 * halo)
+        parts = []  # (frames that are kept, where they lie in the part, frames of the part)
+        for begin in range(0, n_frames, GLIDE_FRAMES):
+            end = min(n_frames, begin + GLIDE_FRAMES)
+            start = min(max(0, begin - halo), n_frames - width)
+            parts.append((slice(begin, end), slice(begin - start, end - start), slice(start, start + width)))
+        models = [self.morph(first, second, (kept.start + kept.stop) / 2 / n_frames).automaton for kept, _, _ in parts]
+        tables = []
+        for model, (_, _, frames) in zip(models, parts):
+            *rows, columns = model.tables(n_frames, plan.times)
+            tables.append((*rows, columns[..., frames]))
+        grids = automaton.seed(n_frames)
+        for done in range(0, plan.num_steps, GLIDE_STEPS):
+            if on_step:
+                on_step(done, plan.num_steps)
+            steps = min(GLIDE_STEPS, plan.num_steps - done)
+            grown = [torch.empty_like(grid) for grid in grids]
+            for model, known, (kept, inside, frames) in zip(models, tables, parts):
+                window = [grid[..., frames] for grid in grids]
+                for whole, part in zip(grown, model.rollout(*window, steps, precision="fp32", tables=known)):
+                    whole[..., kept] = part[..., inside]
+            grids = grown
+        return middle.decode(*middle.automaton.levels(grids))
+
+    def map(self):
+        """{name: (x, y)}: the sounds in the plane in which their codes differ most, their first two principal
+        components."""
+        codes = torch.stack([member.code for member in self.members.values()]).double().cpu()
+        codes = codes - codes.mean(dim=0)
+        _, _, axes = torch.linalg.svd(codes, full_matrices=False)
+        places = codes @ axes[:2].T
+        return {name: tuple(place.tolist()) for name, place in zip(self.members, places)}
+
+    def save(self, path):
+        """Write one self-contained file, atomically; :func:`load_space` reads it."""
+        tensors = dict(self.automaton.state_dict())
+        tensors["codes"] = torch.stack([member.code for member in self.members.values()])
+        members = {
+            name: {"card": asdict(member.card), "pitch_hz": member.pitch_hz, "metrics": member.metrics}
+            for name, member in self.members.items()
+        }
+        write_safetensors(path, tensors, "space", SPACE_VERSION, {"config": self.automaton.config, "members": members})
+
+
+def load_sound(path, sound=None, **options):
+    """One learned sound -> SoundModel: that of a run or, of a space, the ``sound`` of that name. ``options`` are those
+    of :func:`fastnca.load`.
+
+    Raises ValueError for a name where there is only one sound, and for none or another where there are many.
+    """
+    loaded = load(path, **options)
+    if not isinstance(loaded, Space):
+        if sound is not None:
+            raise ValueError(f"{path} holds one sound, which has no name: leave out --sound")
+        return loaded
+    if sound is None:
+        raise ValueError(f"{path} holds many sounds: say which by --sound; it has {', '.join(loaded)}")
+    return loaded[sound]
+
+
+@on_cpu
+def load_space(path, *, backend="auto", vocoder=None, bigvgan=None):
+    """Read what :meth:`Space.save` wrote -> Space. The arguments are those of :func:`fastnca.load`.
+
+    Raises FileNotFoundError: no such file. ValueError: damaged, truncated, no space, or of a newer version.
+    """
+    check_names(backend, "fp32")
+    device = choose_device(backend)
+    choose_backend(backend, device=device)
+    tensors, version, metadata = read_safetensors(path, "space")
+    if version > SPACE_VERSION:
+        raise ValueError(
+            f"{path} was written by a newer fastnca: it has version {version}, and this fastnca reads spaces up to "
+            f"{SPACE_VERSION}: update it"
+        )
+    try:
+        config = {**metadata["config"], "context": Places.from_dict(metadata["config"]["context"])}
+        codes = tensors.pop("codes")
+        automaton = DualSpecTNCA(**config, backend=backend)
+        automaton.load_state_dict(tensors)
+        members = {}
+        for code, (name, entry) in zip(codes, metadata["members"].items(), strict=True):
+            card = SoundCard.from_dict(entry["card"])
+            card = replace(card, vocoder=vocoder or card.vocoder, bigvgan=bigvgan or card.bigvgan)
+            members[name] = Member(code.to(device), card, entry["pitch_hz"], metrics=entry["metrics"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged or of another fastnca: its configuration and its weights do not fit ({reason})"
+        ) from error
+    decoder = resolve_vocoder(card.vocoder, card.bigvgan)
+    decoder.check(card.scale.bands)
+    return Space(automaton.to(device), members, decoder)
