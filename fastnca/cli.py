@@ -303,10 +303,11 @@ def learn(
             _train(learning, folder, console, [*lines, learning.vocoder.hint], tensorboard and rank == 0)
         if rank == 0:
             report = learning.report()
+            errors = [f"{name} {report[f'median_{name}_l1_db']:.1f} dB" for name in ("mel", "linear")]
             typer.echo(
-                f"{out}: {len(learning.names)} sounds, {report['epochs']} epochs at {report['seconds_per_epoch']:.2f} s "
-                f"({report['backend']} {report['precision']}), in the median mel {report['median_mel_l1_db']:.1f} dB and "
-                f"linear {report['median_linear_l1_db']:.1f} dB from the targets, decoded by {report['vocoder']}"
+                f"{out}: {report['epochs']} epochs at {report['seconds_per_epoch']:.2f} s ({report['backend']} "
+                f"{report['precision']}), {len(learning.names)} sounds, {' and '.join(errors)} from their targets in "
+                f"the median, decoded by {report['vocoder']}"
             )
         if learning.stopped:
             raise typer.Exit(130)

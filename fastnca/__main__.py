@@ -1,0 +1,6 @@
+"""``python -m fastnca``, which torchrun needs: the command line."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
