@@ -455,7 +455,7 @@ class TestBadInput:
         def fail(*arguments, **options):
             raise LookupError("lost")
 
-        monkeypatch.setattr("fastnca.generate.load", fail)
+        monkeypatch.setattr("fastnca.generate.load_sound", fail)
         assert_rejected(fastnca_cli("generate", finished[1]), "LookupError: lost; set FASTNCA_TRACEBACK=1 to see where")
         monkeypatch.setattr("sys.argv", ["fastnca", "info"])
         monkeypatch.setattr(backends, "choose_backend", fail)

@@ -162,7 +162,7 @@ class TestFromPython:
         rows = []
         sound = fastnca.grow(note, epochs=2, on_event=rows.append, **OPTIONS)
         assert [path.name for path in tmp_path.iterdir()] == [note.name]
-        assert isinstance(rows[0], EpochDone) and rows[-1].sound is sound
+        assert isinstance(rows[0], EpochDone) and rows[-1].result is sound
         assert sound.samples.shape == (2048,) and sound.spectrogram.n_frames == 8
         assert sound.metrics["epochs"] == 2 and sound.metrics["recipe"] == "tiny"
         assert torch.equal(torch.get_rng_state(), state)

@@ -566,7 +566,7 @@ def test_sounds_stay_on_the_cpu_whatever_the_default_device(tmp_path):
     settings = RunSettings(epochs=1, vocoder="griffinlim", pitch="none")
 
     def work():
-        grown = list(Growth(sound, settings).events())[-1].sound
+        grown = list(Growth(sound, settings).events())[-1].result
         grown.model.save(tmp_path / "model.safetensors")
         again = fastnca.load(tmp_path / "model.safetensors").grow(n_frames=12, num_steps=3)
         return {key: value for key, value in grown.metrics.items() if "seconds" not in key}, again.samples

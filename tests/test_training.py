@@ -135,22 +135,6 @@ def test_every_recipe_takes_steps_and_names_its_terms(target, recipe):
     assert any(changed)
 
 
-def test_equal_targets_are_learned_as_one(target):
-    one, two = (Trainer([target] * count, SHORT, BUDGET) for count in (1, 2))
-    for _ in range(3):
-        single, double = one.train_epoch(), two.train_epoch()
-        for name in ("loss", "mel_l1_db", "linear_l1_db"):
-            assert double[name] == pytest.approx(single[name], rel=1e-3)
-    assert two.living_grids[0].shape[0] == 2 and torch.equal(*two.living_grids[1])
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_targets_of_different_shapes(target, count):
-    longer = target.with_grids(target.mel_db.repeat(1, 2), target.linear_db.repeat(1, 2))
-    with pytest.raises(ValueError, match="targets must be at least one, and all of one shape"):
-        Trainer([target, longer][:count], SHORT, BUDGET)
-
-
 def test_the_callers_random_state_is_left_alone(target):
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -263,7 +247,7 @@ def test_no_value_may_overflow(target):
             bias = torch.linspace(-3.0, 3.0, 16)
             bias[1] = 1.0  # alive
             trainer.model.update_mlp[-1].bias.copy_(bias)
-        weights.append((trainer.train_epoch()["loss"], trainer.living_grids))
+        weights.append((trainer.train_epoch()["loss"], trainer.lessons[0].living_grids))
     (without, grids), (loss, _) = weights
     excess = [F.relu(grid.abs() - OVERFLOW).mean().item() for grid in grids]
     assert min(excess) > 0.1 and loss == pytest.approx(without + 3.0 * sum(excess), rel=1e-5)
@@ -272,7 +256,7 @@ def test_no_value_may_overflow(target):
 def test_divergence_stops_before_the_weights(target):
     trainer = make_trainer(target)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.target_levels[0][0, 3, 3] = float("nan")
+    trainer.lessons[0].target_levels[0][0, 3, 3] = float("nan")
     with pytest.raises(TrainingDiverged, match="the loss became nan .* in epoch 1"):
         trainer.train_epoch()
     assert trainer.epoch == 0
@@ -359,23 +343,23 @@ def watch(trainer, monkeypatch):
     starts, windows = [], []
     attempt = trainer._attempt
 
-    def watched_attempt(grids, *arguments):
+    def watched_attempt(turns, window, grids, *arguments):
         starts.append(tuple(grid.clone() for grid in grids))
-        return attempt(grids, *arguments)
+        return attempt(turns, window, grids, *arguments)
 
     def watched_next(real):
         windows.append(real())
         return windows[-1]
 
     monkeypatch.setattr(trainer, "_attempt", watched_attempt)
-    for of_epochs in (trainer.seed_windows, trainer.living_windows):
+    for of_epochs in (trainer.lessons[0].seed_windows, trainer.lessons[0].living_windows):
         monkeypatch.setattr(of_epochs, "next", lambda real=of_epochs.next: watched_next(real))
     return starts, windows
 
 
-def copied(trainer):
+def copied(lesson):
     """What lives, the ages and the errors, as they are now."""
-    return [x.clone() for x in (*trainer.living_grids, trainer.ages, trainer.errors)]
+    return [x.clone() for x in (*lesson.living_grids, lesson.ages, lesson.errors)]
 
 
 class TestWindows:
@@ -419,25 +403,26 @@ def test_the_notebook_sees_the_whole_sound(target, monkeypatch):
 def test_epochs_begin_at_seeds_or_go_on_from_what_lives(target, monkeypatch):
     trainer = make_trainer(longer(target), replace(LIVING, damage_share=0.0))
     starts, windows = watch(trainer, monkeypatch)
-    trainer.ages.fill_(1)  # to tell what lives from a seed
+    lesson = trainer.lessons[0]
+    lesson.ages.fill_(1)  # to tell what lives from a seed
     continued, restarted = 0, 0
     for epoch in range(1, 41):
-        *living, ages, errors = copied(trainer)
+        *living, ages, errors = copied(lesson)
         row = trainer.train_epoch()
         window = windows[-1]
         outside = torch.ones(24, dtype=torch.bool)
         outside[window] = False
         assert len(starts) == len(windows) == epoch and window.stop - window.start == 10
         goes_on = row["age"] > 5
-        replaced = not goes_on and bool((trainer.ages[window] != ages[window]).any())
+        replaced = not goes_on and bool((lesson.ages[window] != ages[window]).any())
         if goes_on:
             continued += 1
             assert row["age"] == ages[window].max() + 5
-            assert torch.equal(trainer.ages[window], ages[window] + 5)
+            assert torch.equal(lesson.ages[window], ages[window] + 5)
         elif replaced:
             restarted += 1
-            assert trainer.ages[window].eq(5).all()
-        for start, before, after in zip(starts[-1], living, trainer.living_grids, strict=True):
+            assert lesson.ages[window].eq(5).all()
+        for start, before, after in zip(starts[-1], living, lesson.living_grids, strict=True):
             if goes_on:
                 assert torch.equal(start, before[..., window])
             else:
@@ -445,24 +430,25 @@ def test_epochs_begin_at_seeds_or_go_on_from_what_lives(target, monkeypatch):
                 assert not start[:, 0].any() and not start[:, 2:].any()
             assert torch.equal(after[..., outside], before[..., outside])
             assert torch.equal(after[..., window], before[..., window]) != (goes_on or replaced)
-        assert torch.equal(trainer.ages[outside], ages[outside])
-        torch.testing.assert_close(trainer.errors[:, outside], errors[:, outside], equal_nan=True, rtol=0, atol=0)
-        assert [row["mel_l1_db"], row["linear_l1_db"]] == trainer.errors.nanmean(dim=1).tolist()
+        assert torch.equal(lesson.ages[outside], ages[outside])
+        torch.testing.assert_close(lesson.errors[:, outside], errors[:, outside], equal_nan=True, rtol=0, atol=0)
+        assert [row["mel_l1_db"], row["linear_l1_db"]] == lesson.errors.nanmean(dim=1).tolist()
     assert 10 < continued < 30 and 1 < restarted < 15
-    assert trainer.errors.isfinite().all()
+    assert lesson.errors.isfinite().all()
 
 
 @pytest.mark.parametrize(("judgements", "ages"), [(1, [5]), (2, [3, 5]), (9, [1, 2, 3, 4, 5])])
 def test_what_goes_on_is_judged_on_the_way_too(target, judgements, ages):
-    trainer = make_trainer(target, replace(LIVING, normalize_gradients=False))
+    trainer = make_trainer(target, replace(LIVING, normalize_gradients=False, judgements=judgements))
     for _ in range(3):
         trainer.train_epoch()
-    window, grids = slice(0, 8), trainer.living_grids
-    attempt = trainer._attempt(grids, window, judgements)
+    lesson = trainer.lessons[0]
+    grids = lesson.living_grids
+    attempt = trainer._attempt(trainer.turns[0], slice(0, 8), grids, age=5)
     losses = []
     for age in ages:
         grown = trainer.model.rollout(*grids, age, tables=trainer.model.tables(8))
-        losses.append(trainer.loss(grown, [fastnca.decode_db(grid) for grid in grown], trainer.target_levels)[0])
+        losses.append(trainer.loss(grown, [fastnca.decode_db(grid) for grid in grown], lesson.target_levels)[0])
     loss = sum(losses) / len(losses)
     assert attempt.loss == pytest.approx(loss.item(), rel=1e-5) == pytest.approx(sum(attempt.terms.values()), rel=1e-5)
     assert all(torch.equal(*pair) for pair in zip(attempt.grids, grown, strict=True))
@@ -495,10 +481,10 @@ def test_seeds_lie_elsewhere_in_each_epoch(target, monkeypatch):
 def test_what_lives_is_damaged(target, monkeypatch):
     trainer = make_trainer(longer(target), replace(LIVING, continue_share=0.9, damage_share=1.0, restart_share=1.0))
     starts, windows = watch(trainer, monkeypatch)
-    trainer.ages.fill_(1)
+    trainer.lessons[0].ages.fill_(1)
     holes = 0
     for _ in range(20):
-        living = copied(trainer)[:2]
+        living = copied(trainer.lessons[0])[:2]
         if trainer.train_epoch()["age"] > 5:
             for grid, whole in zip(starts[-1], living, strict=True):
                 hole = (grid != whole[..., windows[-1]]).any(dim=1)
@@ -510,10 +496,11 @@ def test_what_lives_is_damaged(target, monkeypatch):
 def test_what_falls_apart_is_replaced_by_seeds(target):
     trainer = make_trainer(target, replace(LIVING, continue_share=0.999, restart_share=0.0, damage_share=0.0))
     assert [trainer.train_epoch()["age"] for _ in range(3)] == [5, 5, 10]  # the first from seeds, beside what lives
-    trainer.living_grids = tuple(torch.full_like(grid, torch.nan) for grid in trainer.living_grids)
+    lesson = trainer.lessons[0]
+    lesson.living_grids = tuple(torch.full_like(grid, torch.nan) for grid in lesson.living_grids)
     assert trainer.train_epoch()["age"] == 5
-    assert trainer.setbacks == 0 and not trainer.ages.any()
-    for grid in trainer.living_grids:
+    assert trainer.setbacks == 0 and not lesson.ages.any()
+    for grid in lesson.living_grids:
         assert torch.equal(grid[:, 1].unique(), torch.tensor([0.0, 1.0])) and not grid[:, 2:].any()
     assert [trainer.train_epoch()["age"] for _ in range(2)] == [5, 10]
 
@@ -534,7 +521,7 @@ def test_a_state_is_not_changed_by_the_next_epochs(target):
     for _ in range(3):
         trainer.train_epoch()
     tensors, _ = trainer.state_dict()
-    lives = ("living.mel", "living.linear", "living.ages", "errors", "random_state")
+    lives = (*(f"lesson.0.{name}" for name in ("living.mel", "living.linear", "ages", "errors")), "random_state.0")
     kept = {name: tensors[name].clone() for name in lives}
     trainer.train_epoch()
     for name in lives:
@@ -551,7 +538,7 @@ def assert_goes_on(resumed, whole, rows):
         assert {**resumed.train_epoch(), "seconds": 0} == {**row, "seconds": 0}
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(copied(resumed)[:3], copied(whole)[:3], strict=True):
+    for one, other in zip(copied(resumed.lessons[0])[:3], copied(whole.lessons[0])[:3], strict=True):
         assert torch.equal(one, other)
 
 
@@ -613,12 +600,12 @@ def test_graphs_on_a_gpu_change_no_bit(target, monkeypatch):
         torch.cuda.synchronize()
         trainer = make_trainer(target, replace(RECIPES["default"], window=5), device="cuda")
         rows = [trainer.train_epoch() for _ in range(24)]
-        assert set(trainer.graphs) == {1, 2} and len(trainer.optimizer.graphs) == 2
+        assert set(trainer.graphs) == {(1, 5), (2, 5)} and len(trainer.optimizer.graphs) == 2
         tensors, numbers = trainer.state_dict()
         again = make_trainer(target, replace(RECIPES["default"], window=5), device="cuda")
         again.load_state_dict(tensors, numbers)
         rows += [again.train_epoch() for _ in range(6)]
-        return [{**row, "seconds": 0} for row in rows], [*again.model.parameters(), *again.living_grids]
+        return [{**row, "seconds": 0} for row in rows], [*again.model.parameters(), *again.lessons[0].living_grids]
 
     rows, tensors = train()
     for module in (trainer_module, optim_module):

@@ -575,4 +575,5 @@ class Trainer:
             prefix = f"lesson.{lesson.number}."
             own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             lesson.load_state_dict(own, numbers["lessons"][str(lesson.number)])
-            self._errors[lesson.number] = lesson.errors.nanmean(dim=1).tolist()
+            if lesson.errors.isfinite().any():
+                self._errors[lesson.number] = lesson.errors.nanmean(dim=1).tolist()
