@@ -250,6 +250,12 @@ def learn(
     duration: Annotated[
         float | None, typer.Option(help="Use this many seconds of each recording; 3 by default.")
     ] = None,
+    instruments: Annotated[
+        bool | None,
+        typer.Option(
+            "--instruments", help="Take each folder for one instrument: its notes differ by their pitch alone."
+        ),
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Learn from so many sounds in one epoch; one for each process by default.")
     ] = None,
@@ -283,6 +289,7 @@ def learn(
                 epochs=epochs,
                 minutes=minutes,
                 duration=duration,
+                instruments=instruments,
                 batch=batch,
                 pitch=pitch,
                 vocoder=vocoder,

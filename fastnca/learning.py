@@ -113,21 +113,25 @@ class Learning(Training):
         if settings.pitch not in ("auto", "none"):
             raise ValueError(f"the pitch of many sounds is auto or none, got {settings.pitch!r}")
         self.paths, self.targets, self.left_out = [], [], {}
+        self.instruments, folders = [], {}
         known = []  # of each of this process's sounds: number, frames, pitch, fingerprint
         for done, path in enumerate(settings.sounds):
             on_read(done, len(settings.sounds))
             try:
                 samples, _ = load_audio(path, settings.duration)
-                number, target = len(self.paths), None
-                if number % processes == rank:
-                    target = analyze(samples, self.vocoder.bands)
-                    pitch_hz = chosen_pitch(samples, settings.pitch) if settings.recipe.context else None
-                    known.append((number, target.n_frames, pitch_hz, fingerprint(target)))
+                target = analyze(samples, self.vocoder.bands)
             except (ValueError, TypeError, OSError, RuntimeError) as error:
                 self.left_out[path] = " ".join(str(error).split())
                 continue
+            number = len(self.paths)
+            instrument = folders.setdefault(Path(path).parent, len(folders)) if settings.instruments else number
+            own = instrument % processes == rank
+            if own:
+                pitch_hz = chosen_pitch(samples, settings.pitch) if settings.recipe.context else None
+                known.append((number, target.n_frames, pitch_hz, fingerprint(target)))
             self.paths.append(path)
-            self.targets.append(target)
+            self.targets.append(target if own else None)
+            self.instruments.append(instrument)
         if len(self.paths) < 2:
             reasons = "".join(f"; {reason}" for reason in self.left_out.values())
             raise ValueError(f"a space needs at least 2 sounds, got {len(self.paths)}{reasons}")
@@ -145,6 +149,7 @@ class Learning(Training):
             precision=precision,
             device=device,
             pitches_hz=list(self.pitches_hz),
+            instruments=self.instruments,
             batch=settings.batch,
             rank=rank,
             processes=processes,
@@ -178,11 +183,11 @@ class Learning(Training):
 
         measured: {name: metrics}.
         """
-        codes = {lesson.number: lesson.code.detach().clone() for lesson in self.trainer.lessons}
+        codes = {instrument: code.detach().clone() for instrument, code in self.trainer.codes.items()}
         codes = {
-            number: code.to(self.trainer.lessons[0].code.device)
+            instrument: code.to(self.trainer.lessons[0].times.device)
             for part in self._gathered(codes)
-            for number, code in part.items()
+            for instrument, code in part.items()
         }
         scales = {number: target.scale for number, target in enumerate(self.targets) if target is not None}
         scales = {number: scale for part in self._gathered(scales) for number, scale in part.items()}
@@ -198,7 +203,9 @@ class Learning(Training):
                 settings.recipe.name,
                 self.trainer.epoch,
             )
-            members[name] = Member(codes[number], card, self.pitches_hz[number], metrics=(measured or {}).get(name, {}))
+            members[name] = Member(
+                codes[self.instruments[number]], card, self.pitches_hz[number], metrics=(measured or {}).get(name, {})
+            )
         return Space(copy.deepcopy(self.trainer.model), members, self.vocoder)
 
     def checkpoint(self):
@@ -391,6 +398,7 @@ def learn(
     epochs=None,
     minutes=None,
     duration=None,
+    instruments=None,
     batch=None,
     seed=None,
     pitch=None,
@@ -410,7 +418,8 @@ def learn(
         out: a folder for everything that ``fastnca learn`` writes; without it nothing is written.
         epochs, minutes: the budget of training, whichever ends first; without either, 4 minutes a sound.
         duration: seconds to use of each, at most; 3 if not given.
-        batch: sounds of one epoch; if not given, one for each process of torchrun.
+        instruments: take the recordings of one folder for notes of one instrument: they share a code, and their pitches
+            tell them apart. batch: sounds of one epoch; if not given, one for each process of torchrun.
         pitch: "auto" to find that of each recording, or "none".
         recipe, seed, vocoder, bigvgan, backend, precision, resume, force, on_event: see :func:`fastnca.grow`. What
             learns many sounds needs a recipe with context.
@@ -432,6 +441,7 @@ def learn(
             epochs=epochs,
             minutes=minutes,
             duration=duration,
+            instruments=instruments,
             batch=batch,
             seed=seed,
             pitch=pitch,

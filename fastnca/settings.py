@@ -87,14 +87,16 @@ class RunSettings:
 class SpaceSettings(RunSettings):
     """Those of a run that learns many sounds, and beside them:
 
-    sounds: the paths of the recordings. batch: sounds of one epoch; 0 for as many as there are processes. pitch: "auto"
-    or "none". Without epochs or minutes it learns for 4 minutes a sound.
+    sounds: the paths of the recordings. instruments: whether those of one folder are notes of one instrument, with one
+    code. batch: sounds of one epoch; 0 for as many as there are processes. pitch: "auto" or "none". Without epochs or
+    minutes it learns for 4 minutes a sound.
     """
 
     sounds: list = field(default_factory=list)
+    instruments: bool = False
     batch: int = 0
 
-    fixed = (*RunSettings.fixed, "batch")
+    fixed = (*RunSettings.fixed, "instruments", "batch")
 
     @property
     def default_minutes(self):

@@ -210,13 +210,14 @@ class Trainer:
     stays in one process, and the gradients of the rule are averaged in one all-reduce of all of them.
 
     Args:
-        targets: DualSpectrograms, at least one; None for those whose turn is in another process: sound number i has its
-            turn in process i % batch % processes.
+        targets: DualSpectrograms, at least one; None for those whose turn is in another process.
         seed: of the initial weights and all that follows; on one machine the same seed and epochs give the same model.
             The caller's random state is left as it is.
         precision: of the training rollouts; the weights and what :meth:`grown` shows are float32.
         pitches_hz: of each target, for recipes with context; None for one that has none.
-        batch: sounds of an epoch, for many. A multiple of the number of processes.
+        instruments: of many targets, a number from 0 on for each; each is one of its own if not given. Those of one
+            instrument share a code, which is learned in the process ``instrument % processes``.
+        batch: sounds of an epoch, for many, each of another instrument. A multiple of the number of processes.
         rank, processes: of torch.distributed. longest: frames of the longest sound of all processes.
 
     Raises ValueError for numbers that do not go together and for many sounds by a recipe without context.
@@ -233,6 +234,7 @@ class Trainer:
         precision="fp32",
         device="cpu",
         pitches_hz=None,
+        instruments=None,
         batch=1,
         rank=0,
         processes=1,
@@ -244,10 +246,12 @@ class Trainer:
             raise ValueError(f"expected one pitch for each of at least one target, got {len(targets)} targets")
         if many and not recipe.context:
             raise ValueError(f"the recipe {recipe.name} has no context, so it can only learn one sound at a time")
-        if not 1 <= batch <= len(targets) or batch % processes:
+        instruments = range(len(targets)) if instruments is None else instruments
+        count = len(set(instruments))
+        if not 1 <= batch <= count or batch % processes:
             raise ValueError(
-                f"an epoch can learn from 1 to {len(targets)} sounds at once, a multiple of the number of processes, "
-                f"{processes}; got {batch}"
+                f"an epoch can learn from 1 to {count} sounds at once, each of an instrument of its own, and from a "
+                f"multiple of the number of processes, {processes}; got {batch}"
             )
         own = [target for target in targets if target is not None]
         self.recipe = recipe
@@ -267,13 +271,14 @@ class Trainer:
             self.model = DualSpecTNCA(backend=backend, precision=precision, context=places, growth=recipe.context)
             self.model.to(device)
             self.loss = RecipeLoss(recipe, device)
-            codes = [nn.Parameter(code.to(device)) for code in torch.randn(len(targets), CODE_SIZE)] if many else [None]
+            codes = torch.randn(count, CODE_SIZE).to(device).unbind() if many else ()
         with torch.no_grad():
             self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
+        self.codes = {n: nn.Parameter(code.clone()) for n, code in enumerate(codes) if n % processes == rank}
         self.turns = []
         for share in range(rank, batch, processes):
             generator = torch.Generator().manual_seed(seed + share)
-            numbers = range(share, len(targets), batch)
+            numbers = [number for number, instrument in enumerate(instruments) if instrument % batch == share]
             lessons = [
                 Lesson(
                     number,
@@ -283,14 +288,14 @@ class Trainer:
                     generator,
                     self.model.context,
                     pitches_hz[number],
-                    codes[number],
+                    self.codes.get(instruments[number]),
                 )
                 for number in numbers
             ]
             self.turns.append(Turns(lessons, generator))
         self.lessons = sorted((lesson for turns in self.turns for lesson in turns.lessons), key=lambda it: it.number)
         self.parameters = dict(self.model.named_parameters())
-        self.parameters |= {f"code.{lesson.number}": lesson.code for lesson in self.lessons if many}
+        self.parameters |= {f"code.{instrument}": code for instrument, code in self.codes.items()}
         self.optimizer = _OPTIMIZERS[recipe.optimizer](self.parameters.values(), lr=recipe.learning_rate)
         self.graphs = {}  # of _differentiate, by the number of judgements and the width of the window
         self.epoch = 0
@@ -523,7 +528,7 @@ class Trainer:
     def _learned(self):
         """{name: tensor}: the weights, the codes and the optimizer's state."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"code.{lesson.number}": lesson.code for lesson in self.lessons if lesson.code is not None}
+        tensors |= {f"code.{instrument}": code for instrument, code in self.codes.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -532,9 +537,8 @@ class Trainer:
     @torch.no_grad()
     def _load_learned(self, tensors):
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name, _ in self.model.named_parameters()})
-        for lesson in self.lessons:
-            if lesson.code is not None:
-                lesson.code.copy_(tensors[f"code.{lesson.number}"])
+        for instrument, code in self.codes.items():
+            code.copy_(tensors[f"code.{instrument}"])
         names = list(self.parameters)
         state = {index: {} for index in range(len(names))}
         for name, tensor in tensors.items():
