@@ -129,6 +129,7 @@ struct Problem {
     bool growth;
     bool bf16;  // only where the active kernels have it
     int threads;
+    bool (*interrupted)();  // asked between tiles in the calling thread: whether to end early; may be null
 };
 
 // The states that a rollout saves, one after the other: those after 0, every, 2 every, ... steps, and the last one.
@@ -143,14 +144,16 @@ struct SavedStates {
     int64_t before(int64_t step) const { return (step - 1) / every * every; }
 };
 
+// Only where all is done do the outputs hold the result.
+enum class Outcome { done, interrupted, out_of_memory };
+
 // `states` holds the SavedStates, or is null: then rollout() saves nothing.
-// Both return false when memory runs out.
-bool rollout(const Problem&, const Weights&, const Context&, const float* const initial[2], float* const final[2],
-             float* states);
+Outcome rollout(const Problem&, const Weights&, const Context&, const float* const initial[2], float* const final[2],
+                float* states);
 // `gradient_context`: of the tables of Context, rows[0], rows[1], columns.
-bool rollout_backward(const Problem&, const Weights&, const Context&, const float* states,
-                      const float* const gradient_final[2], float* const gradient_initial[2],
-                      float* const gradient_weights[6], float* const gradient_context[3]);
+Outcome rollout_backward(const Problem&, const Weights&, const Context&, const float* states,
+                         const float* const gradient_final[2], float* const gradient_initial[2],
+                         float* const gradient_weights[6], float* const gradient_context[3]);
 double peak_flops(int threads, bool bf16);
 
 }  // namespace fastnca

@@ -13,19 +13,29 @@ namespace {
 
 using namespace fastnca;
 
-// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, growth, bf16, threads
-#define PROBLEM_FORMAT "(nnnnn)nnpppi"
+// Runs the handlers of the signals that have come, and says whether one of them raised: that error is then set.
+bool interrupted() {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return raised;
+}
+
+// (batch, mel height, mel width, linear height, linear width), num_steps, save_every, life_mask, growth, bf16, threads,
+// whether Python runs the handlers of signals in this thread
+#define PROBLEM_FORMAT "(nnnnn)nnpppip"
 #define PROBLEM_TARGETS(p)                                                                                   \
     &p.batch, &p.height[0], &p.width[0], &p.height[1], &p.width[1], &p.num_steps, &p.save_every, &p.life_mask, \
-        &p.growth, &p.bf16, &p.threads
+        &p.growth, &p.bf16, &p.threads, &p.handles_signals
 
 struct ParsedProblem {
     Py_ssize_t batch, height[2], width[2], num_steps, save_every;
-    int life_mask, growth, bf16, threads;
+    int life_mask, growth, bf16, threads, handles_signals;
 
     Problem problem() const {
         return {batch,          {height[0], height[1]}, {width[0], width[1]}, num_steps, save_every,
-                life_mask != 0, growth != 0,            bf16 != 0,            threads};
+                life_mask != 0, growth != 0,            bf16 != 0,            threads,
+                handles_signals ? interrupted : nullptr};
     }
 };
 
@@ -72,8 +82,9 @@ bool can_multiply(int bf16) {
     return false;
 }
 
-PyObject* finished(bool success) {
-    if (!success) return PyErr_NoMemory();
+PyObject* finished(Outcome outcome) {
+    if (outcome == Outcome::out_of_memory) return PyErr_NoMemory();
+    if (outcome == Outcome::interrupted) return nullptr;  // interrupted() has set the error
     Py_RETURN_NONE;
 }
 
@@ -87,12 +98,12 @@ PyObject* py_rollout(PyObject*, PyObject* args) {
                           context.parse, &context, initial.parse, &initial, final.parse, &final, &states))
         return nullptr;
     if (!can_multiply(parsed.bf16)) return nullptr;
-    bool success;
+    Outcome outcome;
     Py_BEGIN_ALLOW_THREADS
-    success = rollout(parsed.problem(), weights_at(weights), context_at(context), initial.at, final.at,
+    outcome = rollout(parsed.problem(), weights_at(weights), context_at(context), initial.at, final.at,
                       address(states));
     Py_END_ALLOW_THREADS
-    return finished(success);
+    return finished(outcome);
 }
 
 PyObject* py_rollout_backward(PyObject*, PyObject* args) {
@@ -107,12 +118,12 @@ PyObject* py_rollout_backward(PyObject*, PyObject* args) {
                           gradient_context.parse, &gradient_context))
         return nullptr;
     if (!can_multiply(parsed.bf16)) return nullptr;
-    bool success;
+    Outcome outcome;
     Py_BEGIN_ALLOW_THREADS
-    success = rollout_backward(parsed.problem(), weights_at(weights), context_at(context), address(states),
+    outcome = rollout_backward(parsed.problem(), weights_at(weights), context_at(context), address(states),
                                gradient_final.at, gradient_initial.at, gradient_weights.at, gradient_context.at);
     Py_END_ALLOW_THREADS
-    return finished(success);
+    return finished(outcome);
 }
 
 PyObject* has_bf16(PyObject*, PyObject*) { return PyBool_FromLong(active_kernels().bf16 != nullptr); }

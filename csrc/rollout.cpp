@@ -214,8 +214,8 @@ void transpose(const float* in, int rows, int columns, float* out) {
 
 }  // namespace
 
-bool rollout(const Problem& problem, const Weights& weights, const Context& context, const float* const initial[2],
-             float* const final[2], float* states) try {
+Outcome rollout(const Problem& problem, const Weights& weights, const Context& context, const float* const initial[2],
+                float* const final[2], float* states) try {
     const Kernels& kernels = active_kernels();
     const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
@@ -237,7 +237,7 @@ bool rollout(const Problem& problem, const Weights& weights, const Context& cont
     };
     const auto masked = [&](int64_t step) { return problem.life_mask && step > 0; };
 
-    Team::run(threads, [&](Team::Member& member) {
+    const bool done = Team::run(threads, problem.interrupted, [&](Team::Member& member) {
         float* memory = scratch.get() + member.rank() * scratch_floats;
         member.for_each(plan.num_tiles(), [&](int64_t i) { load_planar(plan, i, inputs, state(0)); });
         for (int64_t s = 0; s < problem.num_steps; s++) {
@@ -249,14 +249,14 @@ bool rollout(const Problem& problem, const Weights& weights, const Context& cont
             kernels.read(state(last), masked(last), plan.tiles[i], plan.planar(outputs, i), memory);
         });
     });
-    return true;
+    return done ? Outcome::done : Outcome::interrupted;
 } catch (const std::bad_alloc&) {
-    return false;
+    return Outcome::out_of_memory;
 }
 
-bool rollout_backward(const Problem& problem, const Weights& weights, const Context& context, const float* states,
-                      const float* const gradient_final[2], float* const gradient_initial[2],
-                      float* const gradient_weights[6], float* const gradient_context[3]) try {
+Outcome rollout_backward(const Problem& problem, const Weights& weights, const Context& context, const float* states,
+                         const float* const gradient_final[2], float* const gradient_initial[2],
+                         float* const gradient_weights[6], float* const gradient_context[3]) try {
     const Kernels& kernels = active_kernels();
     const PrecisionKernels& network = kernels.of(problem.bf16);
     const Plan plan(problem);
@@ -279,7 +279,7 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const Cont
     const auto gradient = [&](int64_t step) { return gradients.get() + (step % 2) * plan.extended * kChannels; };
     const auto masked = [&](int64_t step) { return problem.life_mask && step > 0; };
 
-    Team::run(threads, [&](Team::Member& member) {
+    const bool done = Team::run(threads, problem.interrupted, [&](Team::Member& member) {
         float* memory = scratch.get() + member.rank() * scratch_floats;
         member.for_each(num_groups, [&](int64_t g) { std::memset(groups + g, 0, sizeof(WeightGradients)); });
         member.for_each(plan.num_tiles(), [&](int64_t i) {
@@ -322,22 +322,23 @@ bool rollout_backward(const Problem& problem, const Weights& weights, const Cont
         if (context)
             member.for_each(problem.batch, [&](int64_t n) { sum_places(plan, places.get(), n, tables); });
     });
+    if (!done) return Outcome::interrupted;
     transpose(groups->w1, kPerception, kHidden1, gradient_weights[0]);
     std::memcpy(gradient_weights[1], groups->b1, sizeof(groups->b1));
     transpose(groups->w2, kHidden1, kHidden2, gradient_weights[2]);
     std::memcpy(gradient_weights[3], groups->b2, sizeof(groups->b2));
     transpose(groups->w3, kHidden2, kChannels, gradient_weights[4]);
     std::memcpy(gradient_weights[5], groups->b3, sizeof(groups->b3));
-    return true;
+    return Outcome::done;
 } catch (const std::bad_alloc&) {
-    return false;
+    return Outcome::out_of_memory;
 }
 
 double peak_flops(int threads, bool bf16) {
     using Clock = std::chrono::steady_clock;
     const PrecisionKernels& kernels = active_kernels().of(bf16);
     std::vector<double> rates(threads, 0.0);
-    Team::run(threads, [&](Team::Member& member) {
+    Team::run(threads, nullptr, [&](Team::Member& member) {
         const auto begin = Clock::now();
         double operations = 0.0, seconds = 0.0;
         while (seconds < 0.1) {

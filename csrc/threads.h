@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <system_error>
@@ -18,22 +19,38 @@ namespace fastnca {
 // denormal range, where a multiply-add takes a hundred times its time.
 class DenormalsAreZero {
 public:
-#if defined(__x86_64__)
-    DenormalsAreZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-    ~DenormalsAreZero() { _mm_setcsr(before_); }
+    DenormalsAreZero() : before_(mode()) { set_mode(before_ | kZero); }
+    ~DenormalsAreZero() { set_mode(before_); }
 
-private:
-    unsigned before_;
-#elif defined(__aarch64__)
-    DenormalsAreZero() {
-        __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
-        __asm__ volatile("msr fpcr, %0" : : "r"(before_ | (uint64_t(1) << 24)));
+    // Calls work() in the mode that the thread had before.
+    template <class Work>
+    auto outside(const Work& work) const {
+        set_mode(before_);
+        const auto result = work();
+        set_mode(before_ | kZero);
+        return result;
     }
-    ~DenormalsAreZero() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
 
 private:
-    uint64_t before_;
+#if defined(__x86_64__)
+    static constexpr uint64_t kZero = 0x8040;
+    static uint64_t mode() { return _mm_getcsr(); }
+    static void set_mode(uint64_t mode) { _mm_setcsr(unsigned(mode)); }
+#elif defined(__aarch64__)
+    static constexpr uint64_t kZero = uint64_t(1) << 24;
+    static uint64_t mode() {
+        uint64_t mode;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+        return mode;
+    }
+    static void set_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+    static constexpr uint64_t kZero = 0;
+    static uint64_t mode() { return 0; }
+    static void set_mode(uint64_t) {}
 #endif
+
+    uint64_t before_;
 };
 
 // A phase (for_each) ends when its work is done, not when every member has come: one that the system starts late, or
@@ -41,6 +58,9 @@ private:
 // milliseconds after their last job, the length of a short call.
 class Team {
 public:
+    // Says whether the work is to end early.
+    using Interrupted = bool (*)();
+
     // One thread's view of the team. Every member must make the same sequence of for_each calls.
     class Member {
     public:
@@ -48,7 +68,8 @@ public:
         int rank() const { return rank_; }
 
         // Calls work(i) for each i in [0, count), by some member, and returns when all of them are done. A member
-        // begins with its own contiguous share and then takes over what is left of the others' shares.
+        // begins with its own contiguous share and then takes over what is left of the others' shares. Once the team
+        // is interrupted no more work begins, and this returns at once.
         template <class Work>
         void for_each(int64_t count, const Work& work) {
             if (count == 0) return;
@@ -57,21 +78,33 @@ public:
                 const int owner = (rank_ + i) % team_.size_;
                 const int64_t begin = count * owner / team_.size_;
                 const int64_t end = count * (owner + 1) / team_.size_;
-                for (int64_t item; (item = begin + team_.take(owner, phase_, end - begin)) < end; done++) work(item);
+                for (int64_t item; !interrupted(); done++) {
+                    item = begin + team_.take(owner, phase_, end - begin);
+                    if (item >= end) break;
+                    work(item);
+                }
             }
             team_.finish(phase_++, done, count);
         }
 
     private:
+        bool interrupted() const {
+            if (rank_ == 0) team_.ask(mode_);
+            return team_.stopped();
+        }
+
+        const DenormalsAreZero mode_;
         Team& team_;
-        int rank_;
+        const int rank_;
         uint32_t phase_ = 0;
     };
 
     // Runs body(member) on up to `threads` threads, the calling one included: fewer where the system gives no more.
+    // The calling thread asks interrupted(), unless that is null, about every 50 ms and between two pieces of work.
+    // Returns whether all the work was done.
     template <class Body>
-    static void run(int threads, const Body& body) {
-        const auto team = std::make_shared<Team>(threads);
+    static bool run(int threads, Interrupted interrupted, const Body& body) {
+        const auto team = std::make_shared<Team>(threads, interrupted);
         for (int rank = 1; rank < threads; rank++) {
             try {
                 std::thread([team, &body, rank] {
@@ -85,9 +118,10 @@ public:
         }
         team->join(0, body);
         team->close();
+        return !team->stopped();
     }
 
-    explicit Team(int size) : size_(size), queues_(new Queue[size]) {}
+    Team(int size, Interrupted interrupted) : size_(size), interrupted_(interrupted), queues_(new Queue[size]) {}
 
 private:
     // Items taken of a member's share, below the phase that they belong to.
@@ -97,10 +131,20 @@ private:
 
     template <class Body>
     void join(int rank, const Body& body) {
-        const DenormalsAreZero mode;
         Member member(*this, rank);
         body(member);
     }
+
+    // In the calling thread alone, and where it holds no work: the others go on while it waits for an answer.
+    void ask(const DenormalsAreZero& mode) {
+        if (!interrupted_ || stopped()) return;
+        const auto now = Clock::now();
+        if (now - asked_ < std::chrono::milliseconds(50)) return;
+        if (mode.outside(interrupted_)) stopped_.store(true, std::memory_order_relaxed);
+        asked_ = Clock::now();
+    }
+
+    bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
     static void relax(int spins) {
         // A step takes a few hundred microseconds at least; after waiting for so long the core may be shared.
@@ -133,7 +177,7 @@ private:
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) relax(spins);
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase && !stopped(); spins++) relax(spins);
     }
 
     // The caller waits for the threads inside, so that what `body` refers to outlives them. One that starts when all is
@@ -151,12 +195,16 @@ private:
     }
 
     static constexpr int kClosed = 1 << 30;
+    using Clock = std::chrono::steady_clock;
 
     const int size_;
+    const Interrupted interrupted_;
+    Clock::time_point asked_ = Clock::now();
     const std::unique_ptr<Queue[]> queues_;
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
     alignas(64) std::atomic<int> inside_{0};
+    alignas(64) std::atomic<bool> stopped_{false};
 };
 
 }  // namespace fastnca

@@ -1,8 +1,9 @@
 """What the CPU kernels alone promise: the sizes of their blocks and tiles, threads and processes, instruction sets."""
 
-import _thread
 import multiprocessing
+import os
 import signal
+import sys
 import threading
 import time
 
@@ -50,29 +51,6 @@ def gradients(inputs, num_steps, **options):
 
 def equal(actual, expected):
     return all(torch.equal(mine, target) for mine, target in zip(actual, expected, strict=True))
-
-
-@pytest.mark.parametrize("growth", [False, True], ids=["all-cells", "growth"])
-def test_long_rollouts_in_several_calls_do_not_change_a_bit(monkeypatch, growth):
-    inputs = make_inputs(requires_grad=False)
-    expected = ops.rollout(*inputs, 7, growth=growth)
-    for cells in (1, 2 * 126 * 3):  # one step a call, and three
-        monkeypatch.setattr(cpu, "CELLS_PER_CALL", cells)
-        assert equal(ops.rollout(*inputs, 7, growth=growth), expected)
-
-
-def test_ctrl_c_ends_a_long_rollout():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    inputs = make_inputs(requires_grad=False, height=80, width=100)
-    timer = threading.Timer(0.2, _thread.interrupt_main)
-    start = time.monotonic()
-    timer.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            ops.rollout(*inputs, 100_000)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - start < 5
 
 
 @life_masks
@@ -224,6 +202,80 @@ def test_the_default_compiler_takes_one_graph():
     ones = [torch.ones_like(x) for x in outputs]
     actual = torch.autograd.grad(outputs, [*inputs[:2], *inputs[2]], ones)
     assert equal(actual, gradients(inputs, 3))
+
+
+# ---- signals
+
+
+@pytest.fixture
+def ctrl_c():
+    """Sends Ctrl-C to this process after 0.1 s, once it is called with the handler that shall answer it."""
+    before = signal.getsignal(signal.SIGINT)
+    timers = []
+
+    def send(handler):
+        signal.signal(signal.SIGINT, handler)
+        timers.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[0].start()
+
+    yield send
+    for timer in timers:
+        timer.join()
+    signal.signal(signal.SIGINT, before)
+
+
+def long_call(direction):
+    """A call that takes seconds."""
+    inputs = make_inputs(requires_grad=direction == "backward", height=20, width=30)
+    if direction == "forward":
+        return lambda: ops.rollout(*inputs, 100_000)
+    outputs = ops.rollout(*inputs, 1500, checkpoint_every=50)
+    return lambda: torch.autograd.grad([x.sum() for x in outputs], inputs[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ctrl_c_ends_a_call_at_once(num_threads, ctrl_c, direction, threads):
+    num_threads(threads)
+    inputs = make_inputs(height=40, width=50)
+    expected = gradients(inputs, 3)
+    call = long_call(direction)
+    start = time.monotonic()
+    ctrl_c(signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert time.monotonic() - start < 1
+    assert equal(gradients(inputs, 3), expected)
+
+
+def test_an_error_of_a_signal_handler_is_what_the_call_raises(ctrl_c):
+    def handler(signal_number, frame):
+        raise LookupError("a handler's own")
+
+    ctrl_c(handler)
+    with pytest.raises(LookupError, match="a handler's own"):
+        long_call("forward")()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_goes_on_after_a_signal_handler_that_raises_nothing(num_threads, ctrl_c, threads):
+    """Whatever it computes, and with the small numbers of which the kernels make zeros."""
+    num_threads(threads)
+    inputs = make_inputs(requires_grad=False, height=40, width=50)
+    inputs[2][4] *= 0.01  # or nothing would stay finite
+    expected = ops.rollout(*inputs, 3), ops.rollout(*inputs, 300)
+    assert expected[1][0].isfinite().all()
+    handled = []
+
+    def handler(signal_number, frame):
+        handled.append((ops.rollout(*inputs, 3), sys.float_info.min / len(inputs)))
+
+    ctrl_c(handler)
+    while not handled:
+        actual = ops.rollout(*inputs, 300)
+    ((grids, denormal),) = handled
+    assert equal(grids, expected[0]) and denormal > 0
+    assert equal(actual, expected[1])
 
 
 # ---- threads and processes

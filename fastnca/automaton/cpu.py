@@ -1,5 +1,6 @@
 """The CPU kernels (csrc/) on tensors. The extension takes addresses, so everything is made contiguous here."""
 
+import threading
 from functools import cache
 
 import torch
@@ -13,7 +14,6 @@ except ImportError as error:
     _import_error = error
 
 PRECISIONS = ("fp32", "bf16")
-CELLS_PER_CALL = 2**20  # a fraction of a second: Ctrl-C waits for the end of a call
 
 
 def why_not(device, dtype, num_channels, precision):
@@ -58,7 +58,9 @@ def state_floats(mel, linear, life_mask):
 
 def _problem(mel, linear, num_steps, save_every, life_mask, growth, precision):
     sizes = (mel.shape[0], *mel.shape[2:], *linear.shape[2:])
-    return sizes, num_steps, save_every, life_mask, growth, precision == "bf16", torch.get_num_threads()
+    handles_signals = threading.get_ident() == threading.main_thread().ident
+    rule = life_mask, growth, precision == "bf16"
+    return sizes, num_steps, save_every, *rule, torch.get_num_threads(), handles_signals
 
 
 def _addresses(tensors):
@@ -76,13 +78,9 @@ def rollout(mel, linear, weights, context, num_steps, save_every, life_mask, gro
     weights = [weight.contiguous() for weight in weights]
     tables = _by_place(context)
     saved = 0 if states is None else states.data_ptr()
-    cells = sum(grid[:, 0].numel() for grid in grids)
-    steps = max(1, CELLS_PER_CALL // cells) if states is None else num_steps
-    for done in range(0, num_steps, steps):
-        final = [torch.empty_like(grid) for grid in grids]
-        problem = _problem(mel, linear, min(steps, num_steps - done), save_every, life_mask, growth, precision)
-        _C.rollout(*problem, _addresses(weights), _addresses(tables), _addresses(grids), _addresses(final), saved)
-        grids = final
+    final = [torch.empty_like(grid) for grid in grids]
+    problem = _problem(mel, linear, num_steps, save_every, life_mask, growth, precision)
+    _C.rollout(*problem, _addresses(weights), _addresses(tables), _addresses(grids), _addresses(final), saved)
     return final
 
 

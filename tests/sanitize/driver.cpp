@@ -1,5 +1,5 @@
 // Runs the kernels without Python, for the sanitizers (tests/sanitize/run.sh): every instruction set, odd sizes,
-// several threads, several callers, and tiles beyond the 2^31st element. Exits with an error where a result depends on
+// several threads, several callers, calls that are interrupted, and tiles beyond the 2^31st element. Exits with an error where a result depends on
 // the number of threads, or a far tile differs from the same tile near the origin.
 //
 // Includes rollout.cpp to reach the cut of a grid into tiles.
@@ -81,10 +81,11 @@ std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t sa
 
     const float* const inputs[2] = {initial[0].data(), initial[1].data()};
     float* const outputs[2] = {final[0].data(), final[1].data()};
-    check(rollout(problem, parameters.weights(), context, inputs, outputs, states.data()), "rollout finds memory");
+    check(rollout(problem, parameters.weights(), context, inputs, outputs, states.data()) == Outcome::done, "rollout");
     std::vector<float> unsaved[2] = {std::vector<float>(floats[0]), std::vector<float>(floats[1])};
     float* const unsaved_outputs[2] = {unsaved[0].data(), unsaved[1].data()};
-    check(rollout(problem, parameters.weights(), context, inputs, unsaved_outputs, nullptr), "rollout finds memory");
+    check(rollout(problem, parameters.weights(), context, inputs, unsaved_outputs, nullptr) == Outcome::done,
+          "rollout without saved states");
     for (int g = 0; g < 2; g++)
         check(!std::memcmp(final[g].data(), unsaved[g].data(), floats[g] * sizeof(float)),
               "saving states changes no result");
@@ -95,8 +96,8 @@ std::vector<float> differentiate(const Size& size, int64_t num_steps, int64_t sa
                                         gradient_weights[2].data(), gradient_weights[3].data(),
                                         gradient_weights[4].data(), gradient_weights[5].data()};
     check(rollout_backward(problem, parameters.weights(), context, states.data(), gradients, input_gradients,
-                           weight_gradients, context_gradients),
-          "rollout_backward finds memory");
+                           weight_gradients, context_gradients) == Outcome::done,
+          "rollout_backward");
 
     std::vector<float> all;
     for (const auto& part : final) all.insert(all.end(), part.begin(), part.end());
@@ -131,6 +132,29 @@ void test_several_callers(const Parameters& parameters, bool bf16) {
         callers.emplace_back([&] { result = differentiate(size, 2, 1, true, true, bf16, 2, parameters); });
     for (std::thread& caller : callers) caller.join();
     for (const auto& result : results) check(same_bits(result, expected), "calls at the same time do not meet");
+}
+
+// Calls that would last far longer than it takes to be asked.
+void test_interrupted(const Parameters& parameters) {
+    const int64_t size = 66, cells = 2 * size * size;
+    Problem problem{1, {size, size}, {size, size}, 10000, 100, true, false, false, 3, [] { return true; }};
+    std::vector<float> from[2], to[2], gradient_weights[6];
+    for (auto& grid : from) grid.resize(cells / 2 * kChannels);
+    for (auto& grid : to) grid.resize(cells / 2 * kChannels);
+    for (int i = 0; i < 6; i++) gradient_weights[i].resize(parameters.values[i].size());
+    const float* const inputs[2] = {from[0].data(), from[1].data()};
+    float* const outputs[2] = {to[0].data(), to[1].data()};
+    check(rollout(problem, parameters.weights(), {}, inputs, outputs, nullptr) == Outcome::interrupted,
+          "an interrupted rollout ends early");
+
+    const std::vector<float> states(SavedStates{problem.num_steps, problem.save_every}.count() * cells * kChannels);
+    float* const weight_gradients[6] = {gradient_weights[0].data(), gradient_weights[1].data(),
+                                        gradient_weights[2].data(), gradient_weights[3].data(),
+                                        gradient_weights[4].data(), gradient_weights[5].data()};
+    float* const context_gradients[3] = {};
+    check(rollout_backward(problem, parameters.weights(), {}, states.data(), inputs, outputs, weight_gradients,
+                           context_gradients) == Outcome::interrupted,
+          "an interrupted rollout_backward ends early");
 }
 
 #if defined(FASTNCA_TEST_FAR_TILES)
@@ -260,6 +284,7 @@ int main() {
             test_rollouts(parameters, bf16);
             test_several_callers(parameters, bf16);
         }
+        test_interrupted(parameters);
 #if defined(FASTNCA_TEST_FAR_TILES)
         test_far_tiles(parameters);
 #endif
