@@ -237,23 +237,28 @@ def _judgment(problem, num_steps, life_mask, growth):
     with threads(1), Products(lambda x, weight, bias: MeasuredProduct.apply(x, weight, bias, magnitudes)):
         judge = run(reference_rollout(num_steps, life_mask, growth), problem, torch.float64)
     with threads(1):
-        eager = run(reference_rollout(num_steps, life_mask, growth), problem)
+        eager = [run(reference_rollout(num_steps, life_mask, growth), problem)]
+        with torch.backends.mkldnn.flags(enabled=False):  # its products are summed in another order
+            eager.append(run(reference_rollout(num_steps, life_mask, growth), problem))
     return judge, eager, {name: terms.max() for name, terms in magnitudes.items()}
 
 
 def assert_errs_as_float32(actual, problem, num_steps, life_mask=True, slack=1e-6, growth=False):
-    """The error's norm is within twice float32 PyTorch's, and ``slack`` of the result's norm. The largest error is
-    within three times float32 PyTorch's and a few units of rounding: units of the largest value, and for a parameter's
-    gradient, a sum over all cells that may cancel, of its terms. (Where they cancel PyTorch's sums in pairs are
-    luckier: bias gradients were seen at five times its error. Without rounding before the sum, one over n cells is
-    bound by n units, and one over blocks of 48 by 48 + n / 48.)"""
+    """Float32 PyTorch's error is that of the worse of its two ways to sum a product: which of them it takes, and how
+    lucky it is, differs from processor to processor. The error's norm is within twice that, and ``slack`` of the
+    result's norm; the largest error is within three times that. To both a few units of rounding are added: units of the
+    largest value or, for a parameter's gradient, a sum over all cells that may cancel, of its terms. (Where they cancel
+    PyTorch's sums in pairs are luckier: bias gradients were seen at five times its error. Without rounding before the
+    sum, one over n cells is bound by n units, and one over blocks of 48 by 48 + n / 48.)"""
     judge, eager, magnitudes = _judgment(problem, num_steps, life_mask, growth)
     for name, expected in judge.items():
-        error, eager_error = ((x[name] - expected).abs().max() for x in (actual, eager))
-        allowed = 3 * eager_error + 8 * 2**-24 * magnitudes.get(name, expected.abs().max())
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, float32 PyTorch {eager_error:.2e}"
-        error, eager_error = ((x[name] - expected).norm() / expected.norm().clamp(min=1e-30) for x in (actual, eager))
-        assert error <= 2 * eager_error + slack, f"{name}: error {error:.2e}, float32 PyTorch {eager_error:.2e}"
+        units = 8 * 2**-24 * magnitudes.get(name, expected.abs().max())
+        error, *eager_errors = ((x[name] - expected).abs().max() for x in (actual, *eager))
+        allowed = 3 * max(eager_errors) + units
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, float32 PyTorch {eager_errors}"
+        error, *eager_errors = ((x[name] - expected).norm() for x in (actual, *eager))
+        allowed = 2 * max(eager_errors) + slack * expected.norm() + (units if name in magnitudes else 0.0)
+        assert error <= allowed, f"{name}: norm of the error {error:.2e}, allowed {allowed:.2e}, {eager_errors}"
 
 
 def assert_rounds_operands_alone(actual, problem, num_steps, life_mask=True, bias_bound=0.25, growth=False):
