@@ -56,7 +56,7 @@ Precision = Annotated[
     str | None,
     typer.Option(help="Train with matrix products in fp32, bf16 or, on a GPU, tf32. auto takes the faster."),
 ]
-Path_ = Annotated[
+Learned = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="The folder of a finished run or a space, or the model file, wherever that is."),
 ]
@@ -350,7 +350,7 @@ def demo(
 
 @app.command()
 def generate(
-    path: Path_,
+    path: Learned,
     sound: Sound = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
     frames: Annotated[int | None, typer.Option(help="Grow this many time frames, 256 samples each.")] = None,
@@ -447,7 +447,7 @@ def morph(
             vocoder=vocoder,
             bigvgan=bigvgan,
             backend=backend,
-            on_step=lambda done, total: show(done / total, f"sound {done + 1} of {total}"),
+            on_step=lambda done, total: show(done / total, f"{done} of {total} grown"),
         )
     for wav in written:
         typer.echo(str(wav))

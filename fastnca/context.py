@@ -65,7 +65,7 @@ def _waves(place, cycles):
 class Gates(nn.Module):
     """What a sound's code makes of a place: out (place(features) * code(c)), linear in the code and in the features.
 
-    With one code it is one more linear function of the features, see ``Context.with_code``.
+    So for one code it is one more linear function of the features.
     """
 
     def __init__(self, n_features, code_size):
@@ -74,13 +74,8 @@ class Gates(nn.Module):
         self.code = nn.Linear(code_size, CODE_GATES, bias=False)
         self.out = nn.Linear(CODE_GATES, HIDDEN1, bias=False)
 
-    def forward(self, features, code):
-        """features [F, length], code [S], or [length, S] where it differs from place to place -> [128, length]."""
-        place = self.place.weight @ features + self.place.bias[:, None]
-        return self.out.weight @ (place * (self.code.weight @ torch.atleast_2d(code).T))
-
-    def folded(self, code):
-        """(weight [128, F], bias [128]): the same linear function of the features, for one code [S]."""
+    def forward(self, code):
+        """code [S] -> (weight [128, F], bias [128]): the linear function of the features that it stands for."""
         out = self.out.weight * (self.code.weight @ code)
         return out @ self.place.weight, out @ self.place.bias
 
@@ -136,7 +131,9 @@ class Context(nn.Module):
         tables = [*(weight @ features for features in rows), self.columns.weight @ columns]
         if code is not None:
             gates = self.row_gates, self.row_gates, self.column_gates
-            tables = [table + gate(x, code) for table, gate, x in zip(tables, gates, (*rows, columns))]
+            for index, (gate, features) in enumerate(zip(gates, (*rows, columns))):
+                weight, bias = gate(code)
+                tables[index] = tables[index] + weight @ features + bias[:, None]
         return tuple(table[None] for table in tables)
 
     @torch.no_grad()
@@ -149,7 +146,7 @@ class Context(nn.Module):
         bias = 0.0
         for name in ("rows", "columns"):
             layer, gates = getattr(one, name), getattr(self, f"{name[:-1]}_gates")
-            weight, constant = gates.folded(code)
+            weight, constant = gates(code)
             layer.weight.copy_((getattr(self, name).weight + weight)[:, : layer.in_features])
             bias = bias + constant
         if pitch_hz is not None:

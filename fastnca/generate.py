@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import check_replaceable
-from .run import CHECKPOINT_FILE, RUN_FILES
+from .run import check_output
 from .sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
 from .sound.files import check_wav_name, write_wav
 from .sound.pictures import save_growth, save_picture
@@ -93,9 +92,7 @@ def generate(
     endings = [".png"] + video * [".gif", ".mp4"] + hear_growth * ["_growth.wav"]
     endings += [] if box is None else ["_wounded.wav", "_healed.wav"]
     for path in (out, *map(beside, endings)):
-        check_replaceable(path)
-        if path.name in RUN_FILES and path.name != "generated.wav" and path.with_name(CHECKPOINT_FILE).exists():
-            raise FileExistsError(f"{path} belongs to the run in that folder; choose another name with -o")
+        check_output(path)
 
     total = max(1, plan.num_steps + (heal if box else 0))
     written = [out]

@@ -5,6 +5,7 @@ import hashlib
 import os
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from .automaton import backends
@@ -113,15 +114,6 @@ class Checkpoint:
             raise ValueError(f"{path} is damaged or of another fastnca: {reason}; start over with --force") from error
 
 
-def choose(settings):
-    """(device, backend, precision) of a training by these settings. Raises RuntimeError where they cannot run here."""
-    device = backends.choose_device(settings.backend)
-    backend = backends.choose_backend(settings.backend, device=device)
-    precision = settings.precision if settings.precision != "auto" else backends.fastest_precision(backend)
-    backends.choose_backend(backend, device=device, precision=precision)
-    return device, backend, precision
-
-
 def fingerprint(target):
     """Of a DualSpectrogram: equal ones have equal fingerprints."""
     return hashlib.sha256(target.mel_db.numpy().tobytes() + target.linear_db.numpy().tobytes()).hexdigest()
@@ -134,23 +126,39 @@ def chosen_pitch(samples, choice):
     return find_pitch(samples) if choice == "auto" else read_pitch(choice)
 
 
-class Training:
+def measured(model, sound, target, recording):
+    """What a report says of a GrownSound that a SoundModel grew by its own plan, beside its target and recording."""
+    return {
+        "n_frames": target.n_frames,
+        "steps": model.plan().num_steps,
+        "pitch_hz": model.automaton.places.pitch_hz if model.automaton.places else None,
+        **metrics.grid_metrics(sound.spectrogram, target),
+        **metrics.compare(recording, sound.samples),
+    }
+
+
+class Training(ABC):
     """A trainer at work, as a sequence of events.
 
     While one thread takes the events, others may call :meth:`pause`, :meth:`go_on`, :meth:`stop` and :meth:`extend`.
 
     Args:
         checkpoint_every_epochs, picture_every_epochs: epochs between two CheckpointDue, and two PictureDue.
-        fingerprint: of what is learned.
+
+    Those who derive from it add ``trainer``, and the ``fingerprint`` of what it learns.
     """
 
-    def __init__(self, settings, trainer, fingerprint, checkpoint_every_epochs, picture_every_epochs):
+    def __init__(self, settings, checkpoint_every_epochs, picture_every_epochs):
         if checkpoint_every_epochs < 1:
             raise ValueError(f"checkpoint_every_epochs must be at least 1, got {checkpoint_every_epochs}")
         self.settings = settings
-        self.trainer = trainer
-        self.fingerprint = fingerprint
         self.checkpoint_every_epochs, self.picture_every_epochs = checkpoint_every_epochs, picture_every_epochs
+        device = backends.choose_device(settings.backend)
+        backend = backends.choose_backend(settings.backend, device=device)
+        precision = settings.precision if settings.precision != "auto" else backends.fastest_precision(backend)
+        backends.choose_backend(backend, device=device, precision=precision)
+        self.trainer_options = {"seed": settings.seed, "backend": backend, "precision": precision, "device": device}
+        self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
         self._running, self._stopped = threading.Event(), threading.Event()
         self._running.set()
 
@@ -217,12 +225,28 @@ class Training:
     def _ending(self):
         yield Done(self.result())
 
-    def _epoch_ended(self):
+    def _epoch_ended(self):  # noqa: B027 (who has nothing to do then need not say so)
         """Called after every epoch, also one that raised."""
 
+    @abstractmethod
     def result(self):
         """What has been learned, grown and compared with what it should be."""
-        raise NotImplementedError
+
+    def facts(self):
+        """What a report says of the run itself."""
+        trainer = self.trainer
+        return {
+            "fastnca": __version__,
+            "recipe": self.settings.recipe.name,
+            "seed": self.settings.seed,
+            "epochs": trainer.epoch,
+            "training_seconds": trainer.seconds,
+            "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
+            "setbacks": trainer.setbacks,
+            "backend": trainer.model.backend,
+            "precision": trainer.model.precision,
+            "vocoder": self.vocoder.name,
+        }
 
     def checkpoint(self):
         """-> Checkpoint; only for the thread that takes the events."""
@@ -248,7 +272,7 @@ class Growth(Training):
 
     @on_cpu
     def __init__(self, source, settings, checkpoint=None, checkpoint_every_epochs=100):
-        device, backend, precision = choose(settings)
+        super().__init__(settings, checkpoint_every_epochs, settings.recipe.picture_every_epochs)
         self.source = None  # what was found in the file, an AudioInfo
         if isinstance(source, (str, os.PathLike)):
             self.samples, self.source = load_audio(source, settings.duration)
@@ -256,20 +280,12 @@ class Growth(Training):
             self.samples, note = without_rumble(as_samples(source, minimum=2 * N_FFT))
             if note:
                 warnings.warn(f"of the samples, {note}", stacklevel=2)
-        self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
         self.target = analyze(self.samples, self.vocoder.bands)
-        trainer = Trainer(
-            [self.target],
-            settings.recipe,
-            settings.budget,
-            seed=settings.seed,
-            backend=backend,
-            precision=precision,
-            device=device,
-            pitches_hz=[chosen_pitch(self.samples, settings.pitch) if settings.recipe.context else None],
+        self.fingerprint = fingerprint(self.target)
+        pitch_hz = chosen_pitch(self.samples, settings.pitch) if settings.recipe.context else None
+        self.trainer = Trainer(
+            [self.target], settings.recipe, settings.budget, pitches_hz=[pitch_hz], **self.trainer_options
         )
-        picture_every_epochs = settings.recipe.picture_every_epochs
-        super().__init__(settings, trainer, fingerprint(self.target), checkpoint_every_epochs, picture_every_epochs)
         if checkpoint:
             self.take_up(
                 checkpoint, "another sound or other mel bands; give it the same audio file, vocoder and duration"
@@ -314,24 +330,6 @@ class Growth(Training):
     @on_cpu
     def result(self):
         """What the model grows now, decoded and compared with the recording -> GrownSound."""
-        trainer, model = self.trainer, self.model()
-        steps = model.plan().num_steps
+        model = self.model()
         sound = model.grow()
-        result = {
-            "fastnca": __version__,
-            "recipe": self.settings.recipe.name,
-            "seed": self.settings.seed,
-            "epochs": trainer.epoch,
-            "training_seconds": trainer.seconds,
-            "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
-            "setbacks": trainer.setbacks,
-            "backend": trainer.model.backend,
-            "precision": trainer.model.precision,
-            "vocoder": self.vocoder.name,
-            "n_frames": self.target.n_frames,
-            "steps": steps,
-            "pitch_hz": trainer.model.places.pitch_hz if trainer.model.places else None,
-            **metrics.grid_metrics(sound.spectrogram, self.target),
-            **metrics.compare(self.samples, sound.samples),
-        }
-        return replace(sound, metrics=result)
+        return replace(sound, metrics={**self.facts(), **measured(model, sound, self.target, self.samples)})

@@ -23,37 +23,21 @@ from .growth import (
     SoundGrown,
     Training,
     TrainingDone,
-    choose,
     chosen_pitch,
     fingerprint,
+    measured,
 )
-from .run import CHECKPOINT_FILE, LOSSES_FILE, RunFolder
-from .settings import SpaceSettings
-from .sound import metrics
+from .run import CHECKPOINT_FILE, SOUNDS_FOLDER, SPACE_FILES, RunFolder
+from .settings import MINUTES_PER_SOUND, SpaceSettings
 from .sound.convention import on_cpu
 from .sound.files import load_audio, write_wav
 from .sound.pictures import save_map, save_picture
 from .sound.spectrogram import analyze
-from .sound.vocoder import resolve_vocoder
 from .sound_model import SPACE_FILE, SoundCard
 from .space import Member, Space
 from .training.divergence import TrainingDiverged
 from .training.trainer import Trainer
-from .version import __version__
 
-SOUNDS_FOLDER = "sounds"
-SPACE_FILES = (
-    CHECKPOINT_FILE,
-    SPACE_FILE,
-    LOSSES_FILE,
-    "space.json",
-    "map.png",
-    "map.csv",
-    "final.png",
-    SOUNDS_FOLDER,
-    "progress",
-    "tensorboard",
-)
 PICTURE_EVERY = 10  # times the epochs between the pictures of one sound
 SHOWN = 3  # sounds of a picture
 
@@ -107,9 +91,8 @@ class Learning(Training):
     def __init__(
         self, settings, checkpoint=None, checkpoint_every_epochs=1000, rank=0, processes=1, on_read=lambda *_: None
     ):
-        device, backend, precision = choose(settings)
+        super().__init__(settings, checkpoint_every_epochs, PICTURE_EVERY * settings.recipe.picture_every_epochs)
         self.rank, self.processes = rank, processes
-        self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
         if settings.pitch not in ("auto", "none"):
             raise ValueError(f"the pitch of many sounds is auto or none, got {settings.pitch!r}")
         self.paths, self.targets, self.left_out = [], [], {}
@@ -139,24 +122,22 @@ class Learning(Training):
         _, self.frames, self.pitches_hz, fingerprints = zip(
             *sorted(entry for part in self._gathered(known) for entry in part)
         )
-        settings = replace(settings, batch=settings.batch or processes)
-        trainer = Trainer(
+        self.fingerprint = "".join(fingerprints)
+        if settings.epochs is None and settings.minutes is None:
+            settings = replace(settings, minutes=MINUTES_PER_SOUND * len(self.paths))
+        self.settings = settings = replace(settings, batch=settings.batch or processes)
+        self.trainer = Trainer(
             self.targets,
             settings.recipe,
             settings.budget,
-            seed=settings.seed,
-            backend=backend,
-            precision=precision,
-            device=device,
             pitches_hz=list(self.pitches_hz),
             instruments=self.instruments,
             batch=settings.batch,
             rank=rank,
             processes=processes,
             longest=max(self.frames),
+            **self.trainer_options,
         )
-        picture_every_epochs = PICTURE_EVERY * settings.recipe.picture_every_epochs
-        super().__init__(settings, trainer, "".join(fingerprints), checkpoint_every_epochs, picture_every_epochs)
         if checkpoint:
             self.take_up(
                 checkpoint, "other sounds or other mel bands; give it the same recordings, vocoder and duration"
@@ -235,13 +216,7 @@ class Learning(Training):
             sound = model.grow()
             recording, _ = load_audio(self.paths[number], self.settings.duration)
             self.samples[name] = sound.samples
-            self.measured[name] = {
-                "n_frames": target.n_frames,
-                "steps": model.plan().num_steps,
-                "pitch_hz": self.pitches_hz[number],
-                **metrics.grid_metrics(sound.spectrogram, target),
-                **metrics.compare(recording, sound.samples),
-            }
+            self.measured[name] = measured(model, sound, target, recording)
         for name in ("measured", "samples"):
             together = {key: value for part in self._gathered(getattr(self, name)) for key, value in part.items()}
             setattr(self, name, {name: together[name] for name in self.names})
@@ -253,24 +228,14 @@ class Learning(Training):
 
     def report(self):
         """What ``space.json`` holds, when all sounds have been grown."""
-        trainer = self.trainer
         errors = {
             f"{name}_l1_db": [measured[f"{name}_l1_db"] for measured in self.measured.values()]
             for name in ("mel", "linear")
         }
         return {
-            "fastnca": __version__,
-            "recipe": self.settings.recipe.name,
-            "seed": self.settings.seed,
-            "epochs": trainer.epoch,
-            "batch": trainer.batch,
+            **self.facts(),
+            "batch": self.trainer.batch,
             "processes": self.processes,
-            "training_seconds": trainer.seconds,
-            "seconds_per_epoch": trainer.seconds / max(trainer.epoch, 1),
-            "setbacks": trainer.setbacks,
-            "backend": trainer.model.backend,
-            "precision": trainer.model.precision,
-            "vocoder": self.vocoder.name,
             **{f"median_{name}": statistics.median(values) for name, values in errors.items()},
             **{f"worst_{name}": max(values) for name, values in errors.items()},
             "sounds": self.measured,
@@ -380,6 +345,8 @@ def prepare(
         if rank and resume:
             checkpoint = Checkpoint.load(Path(out) / CHECKPOINT_FILE, SpaceSettings)
         found = find_recordings(sounds)
+        if not (found or checkpoint):
+            raise ValueError("no recordings to learn: give at least 2, or folders of them")
         settings = SpaceSettings.merge({**given, "sounds": found or None}, checkpoint.settings if checkpoint else None)
         learning = Learning(settings, checkpoint, checkpoint_every_epochs, rank, processes, on_read)
         if processes > 1 and rank and out is not None:

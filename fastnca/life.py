@@ -14,7 +14,8 @@ from .sound.convention import HOP_LENGTH, SAMPLE_RATE
 from .sound.files import load_audio
 from .sound.pictures import LifePicture, save_life
 from .sound.spectrogram import analyze
-from .sound_model import SETTLING_STEPS, find_model_file, load
+from .sound_model import SETTLING_STEPS, find_model_file
+from .space import load_sound
 
 AGES = (96, 192, 384, 1000, 10_000)  # steps
 HEALING = (32, 96, 384)  # steps since the wound
@@ -252,6 +253,6 @@ def examine(path, target=None, *, until=AGES[-1], backend="auto", on_progress=No
     """
     ages = check_ages(until)
     model_file = find_model_file(path)
-    model = load(model_file, backend=backend, vocoder="griffinlim")  # nothing is decoded
+    model = load_sound(model_file, backend=backend, vocoder="griffinlim")  # nothing is decoded
     life = measure(model, find_target(model_file, model.card, target), ages, HEALING, on_progress)
     return life, life.save(model_file.parent)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .files import check_replaceable
+from .run import check_output
 from .sound.files import check_wav_name
 from .sound.pictures import save_picture
 from .sound_model import find_model_file, load
@@ -25,9 +25,14 @@ def read_shares(sounds):
             )
         return list(names), None
     try:
-        return list(names), [float(share) for share in shares]
+        shares = [float(share) for share in shares]
+        if len(set(names)) < len(names):
+            raise ValueError
+        return list(names), shares
     except (TypeError, ValueError):
-        raise ValueError(f"a mixture is shares of sounds such as A=0.5 B=0.3 C=0.2, got {' '.join(sounds)}") from None
+        raise ValueError(
+            f"a mixture is shares of different sounds, A=0.5 B=0.3 C=0.2, got {' '.join(sounds)}"
+        ) from None
 
 
 def morph(
@@ -55,7 +60,7 @@ def morph(
             first and the second sound among them. glide: write one sound that is the first one at its beginning and the
             second one at its end.
         vocoder, bigvgan, backend: see :func:`fastnca.load`.
-        on_step: called with (sounds done, sounds in all).
+        on_step: called with (done, in all), in sounds or, of a glide, in steps.
 
     Raises ValueError, OSError for bad input, RuntimeError for a backend that cannot run here.
     """
@@ -68,34 +73,35 @@ def morph(
     space = load(file, backend=backend, vocoder=vocoder, bigvgan=bigvgan)
     if not isinstance(space, Space):
         raise ValueError(f"{path} holds one sound: to morph takes a space of many, see fastnca learn")
-    for name in names:
-        space[name]  # raises for an unknown one
-    if shares is None:
-        amounts = (
-            [0.5 if amount is None else amount] if steps is None else [step / (steps - 1) for step in range(steps)]
-        )
-        mixtures = {
-            f"{names[0]}-{names[1]}-{amount:.2f}": {names[0]: 1 - amount, names[1]: amount} for amount in amounts
-        }
+    if shares is not None:
+        title = "-".join(f"{name}{share:g}" for name, share in zip(names, shares))
+        models = {title: space.mix(dict(zip(names, shares)))}
     else:
-        mixtures = {"-".join(f"{name}{share:g}" for name, share in zip(names, shares)): dict(zip(names, shares))}
-    if glide:
-        mixtures = {f"{names[0]}-{names[1]}-glide": None}
-    if out is None:
-        outs = [file.with_name(f"{title}.wav") for title in mixtures]
-    else:
+        amounts = [0.5 if amount is None else amount]
+        if steps is not None:
+            amounts = [step / (steps - 1) for step in range(steps)]
+        title = "-".join(names)
+        models = {f"{title}-{amount:.2f}": space.morph(*names, amount) for amount in amounts}
+        if glide:
+            models = {f"{title}-glide": None}
+    outs = [file.with_name(f"{title}.wav") for title in models]
+    if out is not None:
         out = Path(out)
         outs = [out] if steps is None else [out.with_name(f"{out.stem}_{step}{out.suffix}") for step in range(steps)]
     picture = outs[0].with_suffix(".png") if steps is None else outs[0].with_name(f"{outs[0].stem}_to_{steps - 1}.png")
     for wav in outs:
         check_wav_name(wav)
-        check_replaceable(wav)
-    check_replaceable(picture)
-    grown = []
-    for done, (wav, mixture) in enumerate(zip(outs, mixtures.values())):
-        if on_step:
-            on_step(done, len(outs))
-        grown.append(space.glide(*names) if glide else space.mix(mixture).grow())
-        grown[-1].save(wav)
-    rows = [(title, sound.spectrogram) for title, sound in zip(mixtures, grown)]
+    for written in (*outs, picture):
+        check_output(written)
+    if glide:
+        grown = [space.glide(*names, on_step)]
+        grown[0].save(outs[0])
+    else:
+        grown = []
+        for done, (wav, model) in enumerate(zip(outs, models.values())):
+            if on_step:
+                on_step(done, len(outs))
+            grown.append(model.grow())
+            grown[-1].save(wav)
+    rows = [(title, sound.spectrogram) for title, sound in zip(models, grown)]
     return [*outs, *save_picture(picture, rows)], grown

@@ -10,12 +10,12 @@ import shutil
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from .files import atomic_write, lock, remove_partials, unlock
+from .files import atomic_write, check_replaceable, lock, remove_partials, unlock
 from .growth import Checkpoint, CheckpointDue, Done, EpochDone, Growth, PictureDue, TrainingDone
 from .settings import RunSettings
 from .sound.files import write_wav
 from .sound.pictures import save_picture
-from .sound_model import MODEL_FILE
+from .sound_model import MODEL_FILE, SPACE_FILE
 from .training.divergence import TrainingDiverged
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -35,6 +35,30 @@ RUN_FILES = (
     "progress",
     "tensorboard",
 )
+
+SOUNDS_FOLDER = "sounds"
+SPACE_FILES = (
+    CHECKPOINT_FILE,
+    SPACE_FILE,
+    LOSSES_FILE,
+    "space.json",
+    "map.png",
+    "map.csv",
+    SOUNDS_FOLDER,
+    "progress",
+    "tensorboard",
+)
+
+
+def check_output(path):
+    """Raises OSError where a file cannot be written, or is one of a run; what was grown at last may be grown again."""
+    check_replaceable(path)
+    if (
+        path.name in RUN_FILES + SPACE_FILES
+        and path.name != "generated.wav"
+        and path.with_name(CHECKPOINT_FILE).exists()
+    ):
+        raise FileExistsError(f"{path} belongs to the run in that folder; choose another name with -o")
 
 
 def read_losses(data):

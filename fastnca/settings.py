@@ -34,14 +34,11 @@ class RunSettings:
     precision: str = "auto"
 
     fixed = ("recipe", "duration", "seed", "pitch")  # a run that goes on cannot change these
+    default_minutes = DEFAULT_MINUTES
 
     @property
     def budget(self):
         return Budget(self.epochs, self.minutes)
-
-    @property
-    def default_minutes(self):
-        return DEFAULT_MINUTES
 
     @classmethod
     def merge(cls, given, stored=None):
@@ -71,7 +68,8 @@ class RunSettings:
         settings = replace(stored or cls(), **given)
         if settings.epochs is None and settings.minutes is None:
             settings = replace(settings, minutes=settings.default_minutes)
-        Budget(settings.epochs, settings.minutes)  # raises where they make no budget
+        if settings.epochs is not None or settings.minutes is not None:
+            Budget(settings.epochs, settings.minutes)  # raises where they make no budget
         return settings
 
     def to_dict(self):
@@ -97,7 +95,4 @@ class SpaceSettings(RunSettings):
     batch: int = 0
 
     fixed = (*RunSettings.fixed, "instruments", "batch")
-
-    @property
-    def default_minutes(self):
-        return MINUTES_PER_SOUND * len(self.sounds)
+    default_minutes = None  # 4 a sound, when it is known which of them can be learned

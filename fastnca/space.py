@@ -191,7 +191,10 @@ def load_sound(path, sound=None, **options):
             raise ValueError(f"{path} holds one sound, which has no name: leave out --sound")
         return loaded
     if sound is None:
-        raise ValueError(f"{path} holds many sounds: say which by --sound; it has {', '.join(loaded)}")
+        raise ValueError(
+            f"{path} holds many sounds, {', '.join(loaded)}: say which by --sound, or write it to a file of its own by "
+            f'fastnca.load("{path}")["{next(iter(loaded))}"].save("model.safetensors")'
+        )
     return loaded[sound]
 
 

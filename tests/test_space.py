@@ -197,6 +197,15 @@ class TestRecordings:
         assert path.endswith("notes.txt") and "not audio" in reason and not others
         assert learning.frames == (16, 16, 8)
 
+    def test_no_recordings(self, tmp_path):
+        assert_rejected(fastnca_cli("learn", "-o", tmp_path / "space"), "no recordings to learn: give at least 2")
+        assert_rejected(fastnca_cli("learn", tmp_path, "-o", tmp_path / "space"), "no recordings to learn")
+        assert not (tmp_path / "space").exists()
+
+    def test_its_minutes_are_those_of_the_sounds_that_can_be_learned(self, recordings):
+        learning = Learning(SpaceSettings(sounds=find_recordings([recordings]), **OPTIONS))
+        assert learning.settings.minutes == 12.0
+
     @pytest.mark.parametrize("names", [["low.wav"], ["low.wav", "high/notes.txt"]])
     def test_one_sound_is_no_space(self, recordings, names):
         with pytest.raises(ValueError, match="a space needs at least 2 sounds, got 1"):
@@ -255,7 +264,7 @@ class TestFolder:
 
     def test_a_sound_is_generated_by_its_name(self, learned, tmp_path):
         out, _ = learned
-        assert_rejected(fastnca_cli("generate", out), "holds many sounds: say which by --sound; it has")
+        assert_rejected(fastnca_cli("generate", out), "say which by --sound")
         assert_rejected(fastnca_cli("generate", out, "--sound", "none"), "there is no sound 'none' in the space")
         wav = tmp_path / "low.wav"
         result = fastnca_cli("generate", out / "space.safetensors", "--sound", "stereo", "-o", wav, "--steps", 4)
@@ -364,15 +373,23 @@ class TestMorph:
         [
             (["stereo"], "give two sounds"),
             (["stereo", "x"], "there is no sound 'x' in the space"),
-            (["stereo=a"], "a mixture is shares of sounds"),
-            (["stereo", "low=1"], "a mixture is shares of sounds"),
+            (["stereo=a"], "a mixture is shares of different sounds"),
+            (["stereo", "low=1"], "a mixture is shares of different sounds"),
+            (["stereo=1", "stereo=1"], "a mixture is shares of different sounds"),
+            (["stereo=1", "low=-1"], "shares of a mixture must not be negative"),
+            (["stereo", "low", "--amount", 1.5], "amount must be from 0 to 1, got 1.5"),
+            (["stereo", "low", "-o", "SPACE/map.wav"], "map.png belongs to the run in that folder"),
             (["stereo", "low", "--steps", 1], "steps must be at least 2, got 1"),
             (["stereo", "low", "--glide", "--amount", 0.5], "only one can be"),
             (["stereo", "low", "-o", "x.mp3"], "wav"),
         ],
     )
     def test_what_is_refused(self, learned, words, reason):
+        words = [str(word).replace("SPACE", str(learned[0])) for word in words]
         assert_rejected(fastnca_cli("morph", learned[0], *words), reason)
+
+    def test_what_takes_one_sound_says_that_there_are_many(self, learned):
+        assert_rejected(fastnca_cli("life", learned[0]), "holds many sounds, low, stereo")
 
 
 def torchrun(processes, *arguments, **options):

@@ -113,7 +113,8 @@ def test_a_sound_is_dropped_grows_is_wounded_and_heals(tone, tmp_path):
         page.dispatch_event("body", "drop", {"dataTransfer": transfer})
         page.wait_for_selector("#grown-mel", state="visible", timeout=60_000)
         first = wait(lambda: number(page, "#mel-error") > 0 and number(page, "#mel-error"))
-        wait(lambda: number(page, "#mel-error") < min(3.0, first / 2), seconds=120)
+        # What has been learned only half is no fixed point, and does not heal to where it was.
+        wait(lambda: number(page, "#mel-error") < min(1.0, first / 2), seconds=120)
         keep_picture(page, "learning")
 
         # It can be heard, while it learns.

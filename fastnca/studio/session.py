@@ -26,7 +26,8 @@ from ..sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
 from ..sound.files import load_audio
 from ..sound.pictures import save_growth, save_picture
 from ..sound.synthetic import synthesize_bowed_string
-from ..sound_model import MODEL_FILE, find_model_file, load
+from ..sound_model import MODEL_FILE, find_model_file
+from ..space import load_sound
 from ..training.divergence import TrainingDiverged
 from .stage import Moment, Stage, level_bytes
 
@@ -204,7 +205,7 @@ class Studio:
             write(file)
             try:
                 if model:
-                    load(file, backend=self.backend, vocoder="griffinlim")
+                    load_sound(file, backend=self.backend, vocoder="griffinlim")
                 else:
                     load_audio(file, self.duration)
             except (ValueError, OSError, RuntimeError) as error:
@@ -229,7 +230,7 @@ class Studio:
     def add_run(self, run):
         """A copy of a finished run from elsewhere: its model, and its recording as it was learned."""
         model_file = find_model_file(run)
-        load(model_file, backend=self.backend, vocoder="griffinlim")  # raises where it is none
+        load_sound(model_file, backend=self.backend, vocoder="griffinlim")  # raises where it is none
         stem, _ = _safe_name(f"{Path(run).resolve().stem if Path(run).is_dir() else model_file.stem}.wav")
         upload = self.path / f"{UPLOAD}{secrets.token_hex(8)}"
         upload.mkdir()
@@ -291,7 +292,7 @@ class Studio:
                     settings = {**chosen, "minutes": self.minutes, **settings}
                 self._learn(folder, recording, goes_on, **settings)
             else:
-                model = load(folder, backend=self.backend, vocoder=self.vocoder)
+                model = load_sound(folder, backend=self.backend, vocoder=self.vocoder)
                 target = None
                 with contextlib.suppress(OSError, ValueError):
                     target = find_target(folder / MODEL_FILE, model.card)

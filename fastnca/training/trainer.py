@@ -116,7 +116,6 @@ class Lesson:
         self.living_grids = seeds  # what lives beside the epochs from seeds
         self.ages = torch.zeros(self.n_frames, dtype=torch.long)  # steps since the seed of the living grids' frames
         self.errors = torch.full((2, self.n_frames), math.nan)  # of both grids' frames, as last judged
-        self.guard = DivergenceGuard(self.seed_windows.per_sweep)
 
     def at(self, window):
         """What a rollout of these frames needs to know beside its grids: both targets and, with context, the frames'
@@ -140,7 +139,7 @@ class Lesson:
         mel, linear = (grid.clone() for grid in self.living_grids)
         tensors = {"living.mel": mel, "living.linear": linear, "ages": self.ages.clone(), "errors": self.errors.clone()}
         waiting = [list(windows.waiting) for windows in (self.seed_windows, self.living_windows)]
-        return tensors, {"waiting": waiting, "guard": self.guard.state_dict()}
+        return tensors, {"waiting": waiting}
 
     def load_state_dict(self, tensors, numbers):
         device = self.living_grids[0].device
@@ -148,7 +147,6 @@ class Lesson:
         self.ages, self.errors = tensors["ages"].clone(), tensors["errors"].clone()
         for windows, waiting in zip((self.seed_windows, self.living_windows), numbers["waiting"]):
             windows.waiting = list(waiting)
-        self.guard.load_state_dict(numbers["guard"])
 
 
 class Turns:
@@ -194,10 +192,6 @@ class _Attempt:
     terms: dict
     norms: torch.Tensor  # of the gradients, before they were normalized
     errors: torch.Tensor  # [2, frames]: of both grids, in dB
-
-    @property
-    def failed(self):
-        return self.lesson.guard.exploded(self.loss) or not bool(torch.isfinite(self.norms).all())
 
 
 class Trainer:
@@ -359,11 +353,8 @@ class Trainer:
             gradients, sums = self._averaged(attempts, started)
         for attempt in attempts:
             if attempt.continued:
-                attempt.lesson.keep(
-                    attempt.window, attempt.grids, attempt.lesson.ages[attempt.window] + self.recipe.num_steps
-                )
-            else:
-                attempt.lesson.guard.record(attempt.loss)
+                age = attempt.lesson.ages[attempt.window] + self.recipe.num_steps
+                attempt.lesson.keep(attempt.window, attempt.grids, age)
         if sums["from_seeds"] and self.guard.record(sums["seed_loss"] / sums["from_seeds"]):
             self.best = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
         for attempt in attempts:
@@ -396,14 +387,14 @@ class Trainer:
         """The rule's gradients, as means over the attempts of all processes, and what else these need to know of each
         other, as sums."""
         for attempt in attempts:
-            if not attempt.failed:
+            if not self._failed(attempt):
                 attempt.lesson.errors[:, attempt.window] = attempt.errors
                 self._errors[attempt.lesson.number] = attempt.lesson.errors.nanmean(dim=1).tolist()
         mel, linear = map(sum, zip(*self._errors.values())) if self._errors else (0.0, 0.0)
         from_seeds = [attempt.loss for attempt in attempts if not attempt.continued]
         self._averaged_at = time.perf_counter()
         sums = {
-            "failed": sum(attempt.failed for attempt in attempts),
+            "failed": sum(map(self._failed, attempts)),
             "stop": self._wants_to_stop,
             "seconds": self._averaged_at - started + self._tail,
             "from_seeds": len(from_seeds),
@@ -420,7 +411,10 @@ class Trainer:
         if self.processes > 1:
             numbers = torch.tensor([float(number) for number in sums.values()], device=gradients[0].device)
             flat = torch.cat([gradient.flatten() for gradient in gradients] + [numbers])
-            torch.distributed.all_reduce(flat)
+            try:
+                torch.distributed.all_reduce(flat)
+            except RuntimeError as error:
+                raise RuntimeError("another process of the job has ended; start the job again with --resume") from error
             *parts, numbers = flat.split([gradient.numel() for gradient in gradients] + [len(sums)])
             gradients = [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
             sums = dict(zip(sums, numbers.tolist()))
@@ -449,7 +443,7 @@ class Trainer:
             grids = tuple(damaged(grid, turns.generator) for grid in grids)
         age = int(lesson.ages[window].max())
         attempt = self._attempt(turns, window, grids, age)
-        if attempt.failed:
+        if self._failed(attempt):
             lesson.keep(window, self._seeds(lesson.living_windows.width, turns.generator), 0)
             return None
         return attempt
@@ -512,14 +506,15 @@ class Trainer:
             {**measured, "norms": norms, "errors": torch.stack(errors)},
         )
 
+    def _failed(self, attempt):
+        return self.guard.exploded(attempt.loss) or not bool(torch.isfinite(attempt.norms).all())
+
     def _step_back(self, attempts):
+        worst = next(filter(self._failed, attempts), attempts[0])
         self.guard.step_back()
-        for lesson in self.lessons:
-            lesson.guard.step_back()
         if self.best:
             self._load_learned(self.best)
         if not self.best or self.setbacks == MAX_SETBACKS:
-            worst = next((attempt for attempt in attempts if attempt.failed), attempts[0])
             reason = f"the loss became {worst.loss:g} (gradient norm {worst.norms.max().item():g})"
             again = f", as {self.setbacks} times before; try another seed" if self.setbacks else ""
             raise TrainingDiverged(f"{reason} in epoch {self.epoch + 1}{again}")
@@ -556,7 +551,7 @@ class Trainer:
         """
         tensors = self._learned()
         tensors.update({f"best.{name}": tensor for name, tensor in self.best.items()})
-        numbers = {"epoch": self.epoch, "seconds": self.seconds, "setbacks": self.setbacks, "batch": self.batch}
+        numbers = {"epoch": self.epoch, "seconds": self.seconds, "setbacks": self.setbacks}
         numbers |= {"guard": self.guard.state_dict(), "lessons": {}, "turns": {}}
         for share, turns in zip(range(self.rank, self.batch, self.processes), self.turns):
             tensors[f"random_state.{share}"] = turns.generator.get_state()
