@@ -455,6 +455,41 @@ def morph(
 
 
 @app.command()
+def play(
+    path: Learned,
+    midi: Annotated[Path, typer.Argument(metavar="NOTES.mid", help="The MIDI file to play.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
+    sound: Sound = None,
+    to: Annotated[
+        str | None, typer.Option(help="Of a space, end the piece with this sound: --sound becomes it note by note.")
+    ] = None,
+    vocoder: Vocoder = None,
+    bigvgan: BigVGAN = None,
+    backend: Backend = "auto",
+):
+    """Play a MIDI file by a learned sound with a pitch, or by an instrument of a space."""
+    from rich.console import Console
+
+    from .play import play as write_played
+
+    with _one_line_errors(2), _progress_bar(Console(stderr=True)) as show:
+        wav, samples, count = write_played(
+            path,
+            midi,
+            out,
+            sound=sound,
+            to=to,
+            vocoder=vocoder,
+            bigvgan=bigvgan,
+            backend=backend,
+            on_note=lambda done, total: show(done / total, f"note {done + 1} of {total} different ones"),
+        )
+    from .sound.convention import SAMPLE_RATE
+
+    typer.echo(f"{wav}: {count} notes, {len(samples) / SAMPLE_RATE:.1f} s")
+
+
+@app.command()
 def life(
     path: Annotated[
         Path, typer.Argument(metavar="DIR", help="The folder of a finished run, or its model file, wherever that is.")
