@@ -55,18 +55,18 @@ class Addition:
 
     def learn_code(self, budget, on_progress):
         """Learn the code alone, from that of the sound on with which the new one comes out best."""
-        errors = {}
-        for done, (name, member) in enumerate(self.members.items()):
-            on_progress(done / len(self.members), f"trying the code of {name}")
-            grown = self._grown(Member(member.code, self.card, self.pitch_hz))
-            errors[name] = sum(_distances(grown, self.target))
-        nearest = self.members[min(errors, key=errors.get)]
+        codes = list({tuple(member.code.tolist()): member.code for member in self.members.values()}.values())
+        errors = []
+        for done, code in enumerate(codes):
+            on_progress(done / len(codes), f"trying code {done + 1} of {len(codes)}")
+            errors.append(sum(_distances(self._grown(Member(code, self.card, self.pitch_hz)), self.target)))
+        nearest = codes[errors.index(min(errors))]
         trainer = Trainer(
             [self.target],
             replace(self.recipe, learning_rate=CODE_LEARNING_RATE),
             budget,
             pitches_hz=[self.pitch_hz],
-            start=(self.automaton, {0: nearest.code}),
+            start=(self.automaton, {0: nearest}),
             frozen=True,
             **self.options,
         )

@@ -155,12 +155,15 @@ class Training(ABC):
         self.checkpoint_every_epochs, self.picture_every_epochs = checkpoint_every_epochs, picture_every_epochs
         device = backends.choose_device(settings.backend)
         backend = backends.choose_backend(settings.backend, device=device)
-        precision = settings.precision if settings.precision != "auto" else backends.fastest_precision(backend)
+        precision = settings.precision if settings.precision != "auto" else self._fastest_precision(backend)
         backends.choose_backend(backend, device=device, precision=precision)
         self.trainer_options = {"seed": settings.seed, "backend": backend, "precision": precision, "device": device}
         self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
         self._running, self._stopped = threading.Event(), threading.Event()
         self._running.set()
+
+    def _fastest_precision(self, backend):
+        return backends.fastest_precision(backend)
 
     def take_up(self, checkpoint, what):
         """Go on where a run was interrupted. Raises ValueError for a checkpoint of something else, ``what`` says of

@@ -91,8 +91,8 @@ class Learning(Training):
     def __init__(
         self, settings, checkpoint=None, checkpoint_every_epochs=1000, rank=0, processes=1, on_read=lambda *_: None
     ):
-        super().__init__(settings, checkpoint_every_epochs, PICTURE_EVERY * settings.recipe.picture_every_epochs)
         self.rank, self.processes = rank, processes
+        super().__init__(settings, checkpoint_every_epochs, PICTURE_EVERY * settings.recipe.picture_every_epochs)
         if settings.pitch not in ("auto", "none"):
             raise ValueError(f"the pitch of many sounds is auto or none, got {settings.pitch!r}")
         self.paths, self.targets, self.left_out = [], [], {}
@@ -142,6 +142,9 @@ class Learning(Training):
             self.take_up(
                 checkpoint, "other sounds or other mel bands; give it the same recordings, vocoder and duration"
             )
+
+    def _fastest_precision(self, backend):
+        return self._gathered(super()._fastest_precision(backend))[0]  # measured, and so not the same in all of them
 
     def _gathered(self, value):
         """[what each process gives], in every process."""
