@@ -75,10 +75,16 @@ UNITS = {
 ROLLOFF = 0.95
 ENVELOPE_FRAME, ENVELOPE_HOP = 512, 64
 SHORTEST_ATTACK = 0.01  # in s; what is shorter the envelope does not tell apart
-PEAK_WINDOW = 4096  # tells partials apart that are 16 Hz apart, which the grids' window does not
+PEAK_WINDOW = 4096  # tells partials about 16 Hz apart from one another, the grids' window only 64 Hz
 PEAK_RANGE_DB, PEAK_DB = 40.0, 6.0
 MEDIANS = ("smoothness", "linearity", "balance", "detour", "unevenness", "own", "peaks")
-SHOWN = ("way", *MEDIANS, "attack, ms", "cents", "level, dB", "flatness, dB", "one sound", "sane")
+COLUMNS = {
+    **{name: (name, None) for name in ("way", *MEDIANS)},
+    "attack, ms": ("attack, ms", "{:.0f}"),
+    "cents": ("cents", "{:.0f}"),
+    "cents, absolute": ("cents, absolute", "{:.0f}"),
+    **{name: (name, None) for name in ("with a pitch", "level, dB", "flatness, dB", "one sound", "sane")},
+}
 
 
 def mixed(one, other, alpha):
@@ -165,7 +171,7 @@ class Heard:
         level = self.envelope / self.envelope.max()
         high = np.argmax(level >= 0.8)
         low = np.flatnonzero(level[:high] <= 0.2)
-        return max(SHORTEST_ATTACK, (high - (low[-1] if len(low) else 0)) * ENVELOPE_HOP / SAMPLE_RATE)
+        return max(SHORTEST_ATTACK, float(high - (low[-1] if len(low) else 0)) * ENVELOPE_HOP / SAMPLE_RATE)
 
     @cached_property
     def level_db(self):
@@ -260,7 +266,7 @@ def measure(sounds):
         "detour": (to_first + to_last) / whole,
         "unevenness": statistics.pstdev(steps) / statistics.fmean(steps),
         "own": own_share(middle, ends),
-        "peaks": middle.peaks / statistics.fmean(end.peaks for end in ends),
+        "peaks": middle.peaks / max(1.0, statistics.fmean(end.peaks for end in ends)),
         "attack, ms": 1000.0 * attack,
         "cents": 1200.0 * math.log2(pitches[1] / math.sqrt(pitches[0] * pitches[2])) if all(pitches) else None,
         "level, dB": level,
@@ -291,13 +297,15 @@ def ways(space, first, second):
 
 
 def medians(rows):
-    """A row for each way: medians over the pairs, and how many of them are one sound, and sane."""
+    """A row for each way: medians over the pairs; how many of those whose ends have a pitch have one half-way, and how
+    many are one sound, and sane."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         its = [row for row in rows if row["way"] == way]
         cents = [abs(row["cents"]) for row in its if row["cents"] is not None]
         found.append({"way": way, **{name: statistics.median(row[name] for row in its) for name in MEDIANS}})
         found[-1]["cents, absolute"] = statistics.median(cents) if cents else None
+        found[-1]["with a pitch"] = f"{len(cents)} of {sum(bool(row['Hz of A'] and row['Hz of B']) for row in its)}"
         for name in ("one sound", "sane"):
             found[-1][name] = f"{sum(row[name] for row in its)} of {len(its)}"
     return found
@@ -327,11 +335,15 @@ def comparison(rows):
 def summary(rows):
     """Rows as Markdown."""
     better, lines = comparison(rows)
-    parts = ["**Medians over the pairs**", report.table(medians(rows)), "**The learned way**", report.table(better)]
+    parts = [
+        "**Medians over the pairs**",
+        report.table(medians(rows), COLUMNS),
+        "**The learned way**",
+        report.table(better),
+    ]
     parts += ["\n".join(lines)] * bool(lines)
-    columns = {name: (name, None) for name in SHOWN}
     for pair in dict.fromkeys(row["pair"] for row in rows):
-        parts += [f"**{pair}**", report.table([row for row in rows if row["pair"] == pair], columns)]
+        parts += [f"**{pair}**", report.table([row for row in rows if row["pair"] == pair], COLUMNS)]
     return "\n\n".join(parts) + "\n"
 
 

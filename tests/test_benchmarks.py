@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastnca
-from benchmarks import implementations, report
+from benchmarks import implementations, morph, report
 from benchmarks.quality import curves, pitches, recipes, sounds
 from benchmarks.speed import cpu, workers
 from fastnca.sound.convention import HOP_LENGTH, SAMPLE_RATE
@@ -225,3 +225,94 @@ def test_a_run_is_grown_at_other_pitches(tmp_path, capsys):
     fastnca.grow(np.random.default_rng(0).standard_normal(8192), tmp_path / "noise", epochs=1, vocoder="griffinlim")
     with pytest.raises(ValueError, match="noise was learned without a pitch"):
         pitches.measure(tmp_path / "noise", [3], [])
+
+
+def test_power_is_moved_by_transport():
+    one, other = np.zeros(64), np.zeros(64)
+    one[[10, 20]] = 3.0, 1.0
+    other[[20, 50]] = 0.03, 0.01
+    half = morph.transport(one, other, 0.5)
+    assert np.flatnonzero(half > 1e-12).tolist() == [15, 35]
+    np.testing.assert_allclose(half[[15, 35]], [0.3, 0.1])
+    for alpha, end in ((0.0, one), (1.0, other)):
+        np.testing.assert_allclose(morph.transport(one, other, alpha), end, atol=1e-12)
+    powers = np.random.default_rng(0).random((2, 64))
+    assert morph.transport(*powers, 0.3).sum() == pytest.approx(np.prod(powers.sum(axis=1) ** (0.7, 0.3)))
+    np.testing.assert_allclose(morph.transport(one, np.zeros(64), 0.5), 1e-4 * one, atol=1e-12)
+    assert not morph.transport(np.zeros(64), np.zeros(64), 0.5).any()
+
+
+def test_mixtures_begin_and_end_with_the_ends():
+    ends = analyze(harmonics(440.0, 24)), analyze(0.1 * harmonics(300.0, 16))
+    for mix in morph.MIXTURES.values():
+        for alpha, end in ((0.0, ends[0]), (1.0, ends[1])):
+            mixture = mix(*ends, alpha, end.n_frames)
+            for name in ("mel", "linear"):
+                grids = (getattr(each, f"{name}_db") + getattr(each.scale, f"{name}_ref_db") for each in (mixture, end))
+                assert (next(grids) - next(grids)).abs().mean() < 1.0, name
+
+
+def test_one_sound_is_told_from_two():
+    first, between, last = (harmonics(hertz) for hertz in (300.0, 300.0 * 1.4**0.5, 420.0))
+    alphas = np.array(morph.ALPHAS)
+
+    def measured(way):
+        return morph.measure([morph.Heard(samples, analyze(first).scale.bands) for samples in way])
+
+    glide = measured([harmonics(300.0 * 1.4**alpha) for alpha in alphas])
+    assert glide["one sound"] and glide["sane"] and glide["own"] > 0.5 and abs(glide["cents"]) < 15
+    assert glide["peaks"] == pytest.approx(1.0, abs=0.1)
+    assert glide["linearity: centroid, octave"] < 0.02 and glide["unevenness"] < 0.3
+    fade = measured([(1 - alpha) * first + alpha * last for alpha in alphas])
+    assert not fade["one sound"] and fade["sane"] and fade["own"] < 0.1 and fade["peaks"] > 1.5
+    assert fade["detour"] == pytest.approx(1.0, abs=0.1)
+    jump = measured([first] * 3 + [between] + [last] * 3)
+    assert jump["one sound"] and jump["smoothness"] > 2 * glide["smoothness"]
+    assert jump["unevenness"] > 2 * glide["unevenness"]
+    silence = measured([first] * 3 + [1e-3 * between] + [last] * 3)
+    assert not silence["sane"] and silence["level, dB"] == pytest.approx(-60.0, abs=1.0)
+    noise = measured([first] * 3 + [0.1 * np.random.default_rng(0).standard_normal(len(first))] + [last] * 3)
+    assert not noise["sane"] and not noise["one sound"] and noise["cents"] is None
+
+
+def test_curves_bend():
+    alphas = np.array(morph.ALPHAS)
+    assert morph.curvature(3.0 - 2.0 * alphas) == pytest.approx((0.0, 0.0), abs=1e-9)
+    smoothness, linearity = morph.curvature(alphas**2)
+    assert smoothness == pytest.approx(2.0)
+    assert linearity == pytest.approx(np.sqrt(np.mean((alphas - alphas**2) ** 2)))
+
+
+def test_ways_between_sounds_are_measured(tmp_path, capsys):
+    paths = [tmp_path / f"{name}.wav" for name in ("low", "high", "short")]
+    for path, samples in zip(paths, (harmonics(220.0, 16), harmonics(300.0, 16), harmonics(440.0, 8))):
+        write_wav(path, samples)
+    fastnca.learn(paths, tmp_path / "space", epochs=3, vocoder="griffinlim", precision="fp32")
+    pairs = ["low:high", "high:short"]
+    morph.main([str(tmp_path / "space"), *pairs, "-o", str(tmp_path / "out"), "--sounds", "--pictures"])
+    rows = read_csv(tmp_path / "out" / "morph.csv")
+    ways = ["learned", "crossfade", "dB", "magnitude", "transport"]
+    assert [(row["pair"], row["way"]) for row in rows] == [(pair, way) for pair in pairs for way in ways]
+    assert all(float(row["smoothness"]) > 0 and float(row["detour"]) > 0.99 for row in rows)
+    text = (tmp_path / "out" / "morph.md").read_text()
+    assert text in capsys.readouterr().out and "**high:short**" in text and "| crossfade | " in text
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"morph.csv", "morph.md"} | {
+        f"{pair.replace(':', '-')}{end}" for pair in pairs for end in (".png", *(f"-{way}.wav" for way in ways))
+    }
+    for wrong in ("low", "low:none", "low:low"):
+        with pytest.raises(SystemExit):
+            morph.main([str(tmp_path / "space"), wrong, "-o", str(tmp_path / "out")])
+        assert f"a pair is two of low, high, short, with a colon between, got {wrong}" in capsys.readouterr().err
+
+
+def test_the_learned_way_is_compared():
+    rows = [
+        {"pair": "a:b", "way": "learned", "smoothness": 1.0, "linearity": 1.0, "one sound": True},
+        {"pair": "a:b", "way": "dB", "smoothness": 2.0, "linearity": 0.5, "one sound": False},
+        {"pair": "c:d", "way": "learned", "smoothness": 3.0, "linearity": 1.0, "one sound": False},
+        {"pair": "c:d", "way": "dB", "smoothness": 2.0, "linearity": 2.0, "one sound": True},
+    ]
+    (row,), lines = morph.comparison(rows)
+    assert list(row.values()) == ["dB", *["1 of 2"] * 4]
+    assert lines == ["- not smoother than dB: c:d", "- not one sound where dB is: c:d", "- not one sound: c:d"]
