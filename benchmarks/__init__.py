@@ -5,5 +5,6 @@
   quick look.
 - ``quality``: how well sounds are learned: ``recipes`` compares recipes, ``curves`` backends, and ``pitches`` tells
   what grows at another pitch. What becomes of a grown sound is told by ``fastnca life``.
+- ``morph``: what lies between the sounds of a space, beside a crossfade and other mixtures without a rule.
 - ``compiled``: what the Triton kernels compile to, told without a GPU.
 """
