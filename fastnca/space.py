@@ -167,6 +167,7 @@ class _Gliding:
 
     def __init__(self, space, first, second, middle):
         self._space, self._names, self._middle = space, (first, second), middle
+        self._rules = {}  # by the share of the second sound
         self.growth, self.life_mask, self.places = middle.growth, middle.life_mask, middle.places
         self.knows_time, self.steps_to_fill = middle.knows_time, middle.steps_to_fill
         self.seed, self.levels = middle.seed, middle.levels
@@ -181,7 +182,9 @@ class _Gliding:
         for begin in range(0, n_frames, GLIDE_FRAMES):
             end = min(n_frames, begin + GLIDE_FRAMES)
             start = min(max(0, begin - halo), n_frames - width)
-            rule = self._space.morph(*self._names, (begin + end) / 2 / n_frames).automaton
+            amount = (begin + end) / 2 / n_frames
+            rule = self._rules.get(amount) or self._space.morph(*self._names, amount).automaton
+            self._rules[amount] = rule
             *rows, columns = rule.tables(n_frames, times, ratio and rule.places.pitch_hz * ratio)
             frames = slice(start, start + width)
             kept, inside = slice(begin, end), slice(begin - start, end - start)
