@@ -188,13 +188,14 @@ class Stage:
         with self._lock:
             if moments:
                 others.append(self.now)
-                self._go_to(moments.pop())
+                moment = moments.pop()
+                if moment.n_frames != self.now.n_frames or moment.mixture is not self.now.mixture:
+                    self._past = {}
+                self._go_to(moment)
 
     def _go_to(self, moment):
         self._tables = None
         self._past = {age: past for age, past in self._past.items() if age < moment.age}
-        if moment.n_frames != self.now.n_frames:
-            self._past = {}
         self.now = moment
         self.touched, self._stroke = moment.age, None
         self._note()

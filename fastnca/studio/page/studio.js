@@ -746,11 +746,13 @@ function semitonesOfKey(key) {
 
 const CORNERS = ["corner-0", "corner-1", "corner-2", "corner-3"]; // upper left, upper right, lower left, lower right
 const SVG = "http://www.w3.org/2000/svg";
-const MAP_EDGE = 16; // pixels around the outermost sounds
+const MAP_EDGE = 20; // pixels around the outermost sounds
+const FAN = 9; // pixels from their place of sounds that share it
 
 let space = []; // [{name, place, pitch_hz, seconds}]
 let gesture = null; // numbers the drag that is under way: what it does is undone together
 let lastGrown = null;
+let growing = false;
 
 async function loadSpace() {
   const key = openSound;
@@ -776,8 +778,13 @@ function farApart(count) {
 
 const growNewest = newestOnly(async ({ path, json, heard }) => {
   const asked = JSON.stringify(json);
-  if (asked !== lastGrown) await post(path, json);
-  lastGrown = asked;
+  growing = true;
+  try {
+    if (asked !== lastGrown) await post(path, json);
+    lastGrown = asked;
+  } finally {
+    growing = false;
+  }
   if (heard) play("grown");
 });
 
@@ -788,7 +795,6 @@ function mix(shares, ends) {
   showMixture({ shares: kept });
   const json = { shares: kept, stroke: gesture };
   if (ends) gesture = null;
-  touched.set("mixture", performance.now());
   if (ends) $("listen-to").value = "grown";
   return growNewest({ path: "mix", json, heard: ends });
 }
@@ -809,14 +815,9 @@ const square = { x: 0, y: 0 }; // of the point, shares of the sides from the upp
 
 function mixFour(ends) {
   const { x, y } = square;
-  placePoint();
-  touched.set("square", performance.now());
+  Object.assign($("point").style, { left: `${100 * x}%`, top: `${100 * y}%` });
   const shares = [(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y];
   return mix(addShares(CORNERS.map((id, i) => [$(id).value, shares[i]])), ends);
-}
-
-function placePoint() {
-  Object.assign($("point").style, { left: `${100 * square.x}%`, top: `${100 * square.y}%` });
 }
 
 async function glide() {
@@ -832,7 +833,7 @@ function renderSpace() {
   const { mixture } = state;
   $("space").hidden = !mixture;
   $("learning").hidden = Boolean(mixture);
-  if (!mixture || !space.length || performance.now() - (touched.get("mixture") ?? -Infinity) < 900 || gesture) return;
+  if (!mixture || !space.length || growing || gesture) return;
   showMixture(mixture);
   const { shares } = mixture;
   if (!shares) return;
@@ -873,10 +874,24 @@ function drawMap() {
     MAP_EDGE + share(place, 0) * (width - 2 * MAP_EDGE),
     height - MAP_EDGE - share(place, 1) * (height - 2 * MAP_EDGE),
   ]]));
+  fanOut();
   const way = svgElement("polyline", { id: "way" });
   map.replaceChildren(way, ...space.map(mapSound), svgElement("circle", { id: "here", r: 9 }));
   placeLabels(width, height);
   if (state.mixture) showMixture(state.mixture);
+}
+
+// Sounds of one instrument share a code, and so a place: they stand around it.
+function fanOut() {
+  const together = {};
+  for (const place of mapPlaces.values()) (together[place.map(Math.round)] ??= []).push(place);
+  for (const places of Object.values(together).filter(({ length }) => length > 1)) {
+    places.forEach((place, i) => {
+      const angle = (2 * Math.PI * i) / places.length;
+      place[0] += FAN * Math.cos(angle);
+      place[1] += FAN * Math.sin(angle);
+    });
+  }
 }
 
 function svgElement(tag, attributes, ...children) {
@@ -890,7 +905,7 @@ function mapSound({ name, pitch_hz: hz, seconds }) {
   const [x, y] = mapPlaces.get(name);
   const words = `${name}, ${hz ? hzInWords(hz) : "without a pitch"}, ${seconds.toFixed(1)} s`;
   const made = svgElement("g", { class: hz ? "sound pitched" : "sound", tabindex: 0, role: "button", "aria-label": words },
-    svgElement("title", {}, words), svgElement("circle", { class: "touch", cx: x, cy: y, r: 11 }),
+    svgElement("title", {}, words), svgElement("circle", { class: "touch", cx: x, cy: y, r: 9 }),
     svgElement("circle", { class: "dot", cx: x, cy: y, r: 4 }), svgElement("text", {}, name));
   made.dataset.sound = name;
   const choose = () => { gesture = null; mix({ [name]: 1 }, true); };
@@ -905,8 +920,9 @@ function placeLabels(width, height) {
   for (const one of all("#map .sound")) {
     const text = one.querySelector("text");
     const [x, y] = mapPlaces.get(one.dataset.sound);
-    const long = text.getComputedTextLength();
-    const spots = [[x + 7, y + 3.5], [x - 7 - long, y + 3.5], [x - long / 2, y - 8], [x - long / 2, y + 15]];
+    const long = 1.1 * text.getComputedTextLength(); // bold where it is part of what lives
+    const beside = [3.5, -4, 11].flatMap((down) => [[x + 7, y + down], [x - 6 - long, y + down]]);
+    const spots = [...beside, [x - long / 2, y - 8], [x - long / 2, y + 15]];
     const boxOf = ([left, base]) => [left - 1, base - 9, left + long + 1, base + 2];
     const free = ([left, top, right, bottom]) => left >= 0 && right <= width && top >= 0 && bottom <= height
       && taken.every(([l, t, r, b]) => right <= l || left >= r || bottom <= t || top >= b);
