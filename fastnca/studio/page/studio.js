@@ -876,7 +876,7 @@ function drawMap() {
   ]]));
   fanOut();
   const way = svgElement("polyline", { id: "way" });
-  map.replaceChildren(way, ...space.map(mapSound), svgElement("circle", { id: "here", r: 9 }));
+  map.replaceChildren(way, ...space.map(mapSound), svgElement("circle", { id: "here", r: 7.5 }));
   placeLabels(width, height);
   if (state.mixture) showMixture(state.mixture);
 }
@@ -921,7 +921,7 @@ function placeLabels(width, height) {
     const text = one.querySelector("text");
     const [x, y] = mapPlaces.get(one.dataset.sound);
     const long = 1.1 * text.getComputedTextLength(); // bold where it is part of what lives
-    const beside = [3.5, -4, 11].flatMap((down) => [[x + 7, y + down], [x - 6 - long, y + down]]);
+    const beside = [3.5, -4, 11].flatMap((down) => [[x + 9, y + down], [x - 8 - long, y + down]]);
     const spots = [...beside, [x - long / 2, y - 8], [x - long / 2, y + 15]];
     const boxOf = ([left, base]) => [left - 1, base - 9, left + long + 1, base + 2];
     const free = ([left, top, right, bottom]) => left >= 0 && right <= width && top >= 0 && bottom <= height
