@@ -227,7 +227,7 @@ def test_a_space_is_played(tmp_path):
         wait(lambda: re.fullmatch(r"low 7\d %, noise 2\d %", mixture()))
         is_heard()
         wait(lambda: pixels(page, "#grown-mel") != before)
-        page.wait_for_function("document.querySelector('#command').textContent.startsWith('fastnca morph')")
+        wait(lambda: page.inner_text("#command").startswith("fastnca morph"))
         keep_picture(page, "space")
 
         # The square is dragged, or moved by keys, and one drag is undone at once.
