@@ -416,6 +416,56 @@ def generate(
 
 
 @app.command()
+def add(
+    path: Annotated[Path, typer.Argument(metavar="SPACE", help="The folder of a space, or the file in it.")],
+    recording: Annotated[Path, typer.Argument(metavar="SOUND", help="The recording to add.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the space to this file instead.")] = None,
+    name: Annotated[str | None, typer.Option(help="Call the sound so; after its file by default.")] = None,
+    minutes: Annotated[float, typer.Option(help="Learn its code for this many minutes.")] = 0.5,
+    tune: Annotated[
+        float | None, typer.Option(help="Then tune the rule for so many minutes, with the other sounds held.")
+    ] = None,
+    duration: Annotated[float, typer.Option(help="Use this many seconds of the recording.")] = 3.0,
+    pitch_of_recording: Annotated[
+        str, typer.Option(help="Say the recording's pitch (A4, 440hz) or none, where the tracker that auto asks errs.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Start every random choice from this number.")] = 0,
+    backend: Backend = "auto",
+    precision: Precision = "auto",
+):
+    """Add a sound to a space by its code alone: the rule and all other sounds stay as they are."""
+    from rich.console import Console
+
+    from .add import add as add_sound
+
+    with _one_line_errors(2), _progress_bar(Console(stderr=True)) as show:
+        space, name, by_code = add_sound(
+            path,
+            recording,
+            out,
+            name=name,
+            minutes=minutes,
+            tune=tune,
+            duration=duration,
+            pitch=pitch_of_recording,
+            seed=seed,
+            backend=backend,
+            precision=precision,
+            on_progress=show,
+        )
+
+    def errors(metrics):
+        return f"mel {metrics['mel_l1_db']:.1f} dB and linear {metrics['linear_l1_db']:.1f} dB from the recording"
+
+    typer.echo(f"{name}: by its code alone {errors(by_code)}")
+    if tune is not None:
+        typer.echo(f"{name}: with the rule tuned {errors(space.members[name].metrics)}")
+        moved = [member.metrics["mel_moved_db"] for other, member in space.members.items() if other != name]
+        typer.echo(f"the other sounds have moved by {sum(moved) / len(moved):.1f} dB of mel on average")
+    typer.echo(f"hear it by: fastnca generate {out or path} --sound {name}")
+
+
+@app.command()
 def morph(
     path: Annotated[Path, typer.Argument(metavar="SPACE", help="The folder of a space, or the file in it.")],
     sounds: Annotated[
@@ -452,6 +502,41 @@ def morph(
     for wav in written:
         typer.echo(str(wav))
     typer.echo(f"decoded by {grown[0].model.vocoder.name}", err=True)
+
+
+@app.command()
+def play(
+    path: Learned,
+    midi: Annotated[Path, typer.Argument(metavar="NOTES.mid", help="The MIDI file to play.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write this wav file.")] = None,
+    sound: Sound = None,
+    to: Annotated[
+        str | None, typer.Option(help="Of a space, end the piece with this sound: --sound becomes it note by note.")
+    ] = None,
+    vocoder: Vocoder = None,
+    bigvgan: BigVGAN = None,
+    backend: Backend = "auto",
+):
+    """Play a MIDI file by a learned sound with a pitch, or by an instrument of a space."""
+    from rich.console import Console
+
+    from .play import play as write_played
+
+    with _one_line_errors(2), _progress_bar(Console(stderr=True)) as show:
+        wav, samples, count = write_played(
+            path,
+            midi,
+            out,
+            sound=sound,
+            to=to,
+            vocoder=vocoder,
+            bigvgan=bigvgan,
+            backend=backend,
+            on_note=lambda done, total: show(done / total, f"note {done + 1} of {total} different ones"),
+        )
+    from .sound.convention import SAMPLE_RATE
+
+    typer.echo(f"{wav}: {count} notes, {len(samples) / SAMPLE_RATE:.1f} s")
 
 
 @app.command()

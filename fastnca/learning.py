@@ -34,7 +34,7 @@ from .sound.files import load_audio, write_wav
 from .sound.pictures import save_map, save_picture
 from .sound.spectrogram import analyze
 from .sound_model import SPACE_FILE, SoundCard
-from .space import Member, Space
+from .space import Member, Space, load_space
 from .training.divergence import TrainingDiverged
 from .training.trainer import Trainer
 
@@ -249,6 +249,15 @@ class SpaceFolder(RunFolder):
     files = SPACE_FILES
     settings_type = SpaceSettings
 
+    def open(self, learning):
+        path = self.path / SPACE_FILE
+        if self._goes_on and path.exists() and (added := set(load_space(path)) - set(learning.names)):
+            raise FileExistsError(
+                f"{path} has sounds that were added, {', '.join(sorted(added))}: to go on would drop them; move the "
+                "file to another place first"
+            )
+        super().open(learning)
+
     def _save_model(self, learning):
         learning.space().save(self.path / SPACE_FILE)
 
@@ -271,12 +280,17 @@ class SpaceFolder(RunFolder):
             write_wav(self.path / SOUNDS_FOLDER / f"{name}.wav", samples)
         with atomic_write(self.path / "space.json") as file:
             file.write((json.dumps(learning.report(), indent=2) + "\n").encode())
-        places = space.map()
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([("sound", "x", "y"), *((name, *place) for name, place in places.items())])
-        with atomic_write(self.path / "map.csv") as file:
-            file.write(text.getvalue().encode())
-        save_map(self.path / "map.png", places)
+        write_map(self.path, space)
+
+
+def write_map(folder, space):
+    """The map of a space as ``map.csv`` and ``map.png`` in its folder."""
+    places = space.map()
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("sound", "x", "y"), *((name, *place) for name, place in places.items())])
+    with atomic_write(folder / "map.csv") as file:
+        file.write(text.getvalue().encode())
+    save_map(folder / "map.png", places)
 
 
 class _Follower:

@@ -7,7 +7,7 @@ from math import exp, log
 import torch
 
 from .automaton.backends import check_names, choose_backend, choose_device
-from .context import Places
+from .context import Places, check_pitch
 from .files import read_safetensors, write_safetensors
 from .model import DualSpecTNCA
 from .sound.convention import on_cpu
@@ -80,23 +80,29 @@ class Space(Mapping):
         automaton = self.automaton.with_code(member.code, member.pitch_hz, member.tonality)
         return SoundModel(automaton, member.card, self.vocoder)
 
-    def mix(self, shares):
+    def mix(self, shares, pitch_hz=None):
         """What lies between sounds -> SoundModel.
 
         Args:
             shares: {name: share}, not negative; they are divided by their sum. Codes, length and levels in dB are mixed
                 by them, and pitches in semitones; a sound without a pitch makes the mixture less tonal.
+            pitch_hz: of the mixture. Each sound with a pitch then stands for the notes of its instrument, those that
+                share its code: in its place is the mixture of the two next to that pitch, or the nearest one.
 
-        Raises KeyError for a name that the space does not have, ValueError for shares that make no mixture.
+        Raises KeyError for a name that the space does not have, ValueError for shares that make no mixture, and for a
+        pitch where no sound of the mixture has one.
         """
-        return self._model(self.between(shares))
+        return self._model(self.between(shares, pitch_hz))
 
-    def between(self, shares):
+    def between(self, shares, pitch_hz=None):
         """As :meth:`mix` -> Member."""
         total = sum(shares.values())
         if not shares or min(shares.values()) < 0 or not 0 < total < float("inf"):
             raise ValueError(f"shares of a mixture must not be negative, and one must be positive, got {shares}")
         parts = [(share / total, self._member(name)) for name, share in shares.items()]
+        if pitch_hz is not None:
+            check_pitch(pitch_hz)
+            parts = [(share * of, note) for share, member in parts for of, note in self._notes_at(member, pitch_hz)]
 
         def mean(of):
             return sum(share * of(member) for share, member in parts)
@@ -110,12 +116,27 @@ class Space(Mapping):
         n_frames = max(MIN_FRAMES, round(mean(lambda member: member.card.n_frames)))
         pitched = [(share * member.tonality, member.pitch_hz) for share, member in parts if member.pitch_hz and share]
         tonality = sum(share for share, _ in pitched)
+        if pitch_hz is not None and not pitched:
+            raise ValueError(f"of {', '.join(shares)} none was learned with a pitch: they cannot grow at another one")
+        own_hz = exp(sum(share * log(hertz) for share, hertz in pitched) / tonality) if pitched else None
         return Member(
             mean(lambda member: member.code),
             replace(card, scale=scale, n_frames=n_frames),
-            exp(sum(share * log(hertz) for share, hertz in pitched) / tonality) if pitched else None,
+            pitch_hz or own_hz,
             tonality if pitched else 1.0,
         )
+
+    def _notes_at(self, member, pitch_hz):
+        """[(share, Member)]: what stands for ``member`` at that pitch, see :meth:`mix`."""
+        if not member.pitch_hz:
+            return [(1.0, member)]
+        notes = [note for note in self.members.values() if note.pitch_hz and torch.equal(note.code, member.code)]
+        lower = max((note for note in notes if note.pitch_hz <= pitch_hz), key=lambda note: note.pitch_hz, default=None)
+        upper = min((note for note in notes if note.pitch_hz > pitch_hz), key=lambda note: note.pitch_hz, default=None)
+        if lower is None or upper is None:
+            return [(1.0, lower or upper)]
+        share = log(pitch_hz / lower.pitch_hz) / log(upper.pitch_hz / lower.pitch_hz)
+        return [(1.0 - share, lower), (share, upper)]
 
     def morph(self, first, second, amount=0.5):
         """What lies between two sounds, from ``first`` at 0 to ``second`` at 1 -> SoundModel."""

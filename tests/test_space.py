@@ -20,15 +20,20 @@ from commands import assert_rejected, fastnca_cli
 from safetensors.torch import load_file
 
 import fastnca
+from fastnca.add import Addition, _distances
 from fastnca.context import Places
+from fastnca.files import lock, unlock
 from fastnca.growth import CheckpointDue
 from fastnca.learning import Learning, find_recordings, names_of
 from fastnca.model import DualSpecTNCA
+from fastnca.run import LOCK_FILE
 from fastnca.settings import SpaceSettings
 from fastnca.sound.convention import SAMPLE_RATE
 from fastnca.sound.files import write_wav
-from fastnca.sound.spectrogram import analyze
-from fastnca.space import Space, load_space
+from fastnca.sound.spectrogram import Scale, analyze
+from fastnca.sound.vocoder import resolve_vocoder
+from fastnca.sound_model import SoundCard
+from fastnca.space import Member, Space, load_space
 from fastnca.training.recipes import RECIPES
 from fastnca.training.trainer import Budget, Trainer
 
@@ -391,6 +396,111 @@ class TestMorph:
 
     def test_what_takes_one_sound_says_that_there_are_many(self, learned):
         assert_rejected(fastnca_cli("life", learned[0]), "holds many sounds, low, stereo")
+
+
+class TestAdd:
+    @pytest.fixture
+    def folder(self, learned, tmp_path):
+        """A copy of the space, and a recording that it does not have."""
+        shutil.copytree(learned[0], tmp_path / "space")
+        write_wav(tmp_path / "new.wav", tone(300.0, 16))
+        return tmp_path / "space"
+
+    def test_by_its_code_alone_all_others_stay(self, folder):
+        before = load_space(folder / "space.safetensors")
+        result = fastnca_cli("add", folder, folder.parent / "new.wav", "--minutes", 0.01)
+        assert result.exit_code == 0, result.output
+        assert "new: by its code alone mel" in result.stdout and "--sound new" in result.stdout
+        after = load_space(folder / "space.safetensors")
+        assert list(after) == [*before, "new"]
+        for name, member in before.members.items():
+            assert torch.equal(member.code, after.members[name].code) and member.metrics == after.members[name].metrics
+        mine, theirs = before.automaton.state_dict(), after.automaton.state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        new = after.members["new"]
+        assert new.card.n_frames == 16 and new.card.epochs > 0 and new.metrics["mel_l1_db"] > 0
+        assert not any(torch.equal(new.code, member.code) for member in before.members.values())
+        assert "new" in (folder / "map.csv").read_text()
+        assert_rejected(fastnca_cli("learn", "-o", folder, "--resume"), "has sounds that were added, new: to go on")
+        assert_rejected(fastnca_cli("add", folder, folder.parent / "new.wav"), "the space has a sound 'new' already")
+
+    def test_the_rule_is_tuned_and_the_others_held(self, learned):
+        space = load_space(learned[0] / "space.safetensors")
+        options = {"seed": 0, "backend": "auto", "precision": "fp32", "device": "cpu"}
+        addition = Addition(space, "new", tone(300.0, 16), "none", options)
+        addition.learn_code(Budget(epochs=1), lambda *_: None)
+        rows = []
+        addition.tune(Budget(epochs=30), lambda share, text: rows.append(text))
+        assert rows[0].startswith("growing low, to hold it") and "the rule, epoch 30: mel" in rows[-1]
+        trained = space.automaton.update_mlp[0].weight
+        assert not torch.equal(addition.automaton.update_mlp[0].weight, trained)
+        assert addition.card.epochs == 31
+        member = Member(addition.code, addition.card, None)
+        known = Addition(space, "new", tone(300.0, 16), "none", options)._grown(member)
+        for before, after in zip(
+            _distances(known, addition.target), _distances(addition._grown(member), addition.target)
+        ):
+            assert after < 0.8 * before
+        for member in addition.members.values():
+            assert list(member.metrics) == ["mel_moved_db", "linear_moved_db"]
+
+    def test_to_a_file_of_its_own(self, folder):
+        other = folder.parent / "more.safetensors"
+        words = ["-o", other, "--name", "b", "--minutes", 0.01, "--tune", 0.01]
+        result = fastnca_cli("add", folder, folder.parent / "new.wav", *words)
+        assert result.exit_code == 0, result.output
+        assert "b: with the rule tuned mel" in result.stdout and "the other sounds have moved by" in result.stdout
+        assert "b" in load_space(other) and "b" not in load_space(folder / "space.safetensors")
+
+    def test_a_code_is_found_again(self, tmp_path):
+        """The rule was set so that the code alone decides how loud everything is."""
+        automaton = DualSpecTNCA(context=Places(code_size=2), growth=True)
+        for parameter in automaton.parameters():
+            torch.nn.init.zeros_(parameter)
+        with torch.no_grad():  # value += 0.8 relu(first number of the code - value), life += 1
+            automaton.update_mlp[0].weight[0, 0] = -1.0
+            gates = automaton.context.row_gates
+            gates.place.bias[0] = gates.code.weight[0, 0] = gates.out.weight[0, 0] = 1.0
+            for layer in automaton.update_mlp[2::2]:
+                layer.weight[0, 0] = 1.0
+            automaton.update_mlp[-1].weight.mul_(0.8)
+            automaton.update_mlp[-1].bias[1] = 1.0
+        card = SoundCard(Scale(0.0, 0.0), 16, 8, "griffinlim", None, "default", 1)
+        members = {name: Member(torch.tensor([number, 0.5]), card, None) for name, number in (("a", 0.1), ("b", 1.0))}
+        space = Space(automaton, members, resolve_vocoder("griffinlim"))
+        options = {"seed": 0, "backend": "auto", "precision": "fp32", "device": "cpu"}
+        addition = Addition(space, "c", tone(440.0, 16), "none", options)
+        wanted = space.mix({"a": 0.5, "b": 0.5}).automaton.grow(16, 20, at=12)
+        addition.target = addition.target.with_grids(*wanted)
+        addition.learn_code(Budget(epochs=40), lambda *_: None)
+        assert addition.code[0].item() == pytest.approx(0.55, abs=0.05)
+
+    def test_a_folder_in_use_is_left_alone(self, folder):
+        held = lock(folder / LOCK_FILE)
+        try:
+            assert_rejected(fastnca_cli("add", folder, folder.parent / "new.wav"), "is in use by a run")
+        finally:
+            unlock(held)
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["none.wav"], "no such file"),
+            (["new.wav", "--minutes", 0], "minutes must be a positive number"),
+            (["new.wav", "--tune", -1], "minutes must be a positive number"),
+            (["new.wav", "-o", "space/checkpoint.safetensors"], "belongs to the run in that folder"),
+        ],
+    )
+    def test_what_is_refused(self, folder, words, reason):
+        words = [folder.parent / word if str(word).endswith(("wav", "safetensors")) else word for word in words]
+        before = (folder / "space.safetensors").read_bytes()
+        assert_rejected(fastnca_cli("add", folder, *words), reason)
+        assert (folder / "space.safetensors").read_bytes() == before
+
+    def test_one_sound_is_no_space(self, folder):
+        load_space(folder / "space.safetensors")["stereo"].save(folder.parent / "model.safetensors")
+        result = fastnca_cli("add", folder.parent / "model.safetensors", folder.parent / "new.wav")
+        assert_rejected(result, "is a model file of fastnca (version 3); expected a space file")
 
 
 def torchrun(processes, *arguments, **options):

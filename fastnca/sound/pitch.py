@@ -1,6 +1,5 @@
 """The pitch of a sound: found in a recording, and read from what people write."""
 
-import math
 import re
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from .convention import SAMPLE_RATE
 
 LOWEST_HZ, HIGHEST_HZ = 32.7, 2093.0  # C1 and C7, where pitch is looked for
+PITCH_RANGE = 10.0, SAMPLE_RATE / 2  # in Hz, at which a sound may be grown
 FRAME, HOP = 2048, 512
 QUIET = 0.03  # of the loudest frame's level: quieter frames say nothing about pitch
 VOICED = 0.8  # share of the other frames that must have a pitch
@@ -53,6 +53,7 @@ def read_pitch(text, recording_hz=None):
         hertz = float(note_to_hz(text[0].upper() + text[1:]))
     else:
         raise ValueError(f"pitch must be a note (E4), semitones (+3, -2) or a frequency (330hz), got {text!r}")
-    if not (math.isfinite(hertz) and 10.0 <= hertz <= SAMPLE_RATE / 2):
-        raise ValueError(f"pitch must be between 10 and {SAMPLE_RATE / 2:g} Hz, got {text!r}, {hertz:g} Hz")
+    low, high = PITCH_RANGE
+    if not low <= hertz <= high:
+        raise ValueError(f"pitch must be between {low:g} and {high:g} Hz, got {text!r}, {hertz:g} Hz")
     return hertz

@@ -212,6 +212,8 @@ class Trainer:
         instruments: of many targets, a number from 0 on for each; each is one of its own if not given. Those of one
             instrument share a code, which is learned in the process ``instrument % processes``.
         batch: sounds of an epoch, for many, each of another instrument. A multiple of the number of processes.
+        start: (DualSpecTNCA, {instrument: code}) to go on from, a rule that has learned many sounds. frozen: learn the
+            codes alone, and leave the rule of ``start`` as it is.
         rank, processes: of torch.distributed. longest: frames of the longest sound of all processes.
 
     Raises ValueError for numbers that do not go together and for many sounds by a recipe without context.
@@ -230,11 +232,13 @@ class Trainer:
         pitches_hz=None,
         instruments=None,
         batch=1,
+        start=None,
+        frozen=False,
         rank=0,
         processes=1,
         longest=0,
     ):
-        many = len(targets) > 1
+        many = len(targets) > 1 or start is not None
         pitches_hz = pitches_hz or [None] * len(targets)
         if not targets or len(pitches_hz) != len(targets):
             raise ValueError(f"expected one pitch for each of at least one target, got {len(targets)} targets")
@@ -251,8 +255,8 @@ class Trainer:
         self.recipe = recipe
         self.budget = budget
         self.batch, self.rank, self.processes = batch, rank, processes
-        places = None
-        if recipe.context:
+        places = start[0].places if start else None
+        if recipe.context and not start:
             known = [math.log(pitch) for pitch in pitches_hz if pitch]
             places = Places(
                 time_octaves=time_octaves(max(longest, *(target.n_frames for target in own))),
@@ -265,10 +269,16 @@ class Trainer:
             self.model = DualSpecTNCA(backend=backend, precision=precision, context=places, growth=recipe.context)
             self.model.to(device)
             self.loss = RecipeLoss(recipe, device)
-            codes = torch.randn(count, CODE_SIZE).to(device).unbind() if many else ()
-        with torch.no_grad():
-            self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
-        self.codes = {n: nn.Parameter(code.clone()) for n, code in enumerate(codes) if n % processes == rank}
+            codes = dict(enumerate(torch.randn(count, CODE_SIZE))) if many else {}
+        if start:
+            self.model.load_state_dict(start[0].state_dict())
+            codes = start[1]
+        else:
+            with torch.no_grad():
+                self.model.update_mlp[0].weight[:, self.model.num_channels :] *= recipe.stencil_gain
+        self.codes = {
+            n: nn.Parameter(code.detach().clone().to(device)) for n, code in codes.items() if n % processes == rank
+        }
         self.turns = []
         for share in range(rank, batch, processes):
             generator = torch.Generator().manual_seed(seed + share)
@@ -288,7 +298,10 @@ class Trainer:
             ]
             self.turns.append(Turns(lessons, generator))
         self.lessons = sorted((lesson for turns in self.turns for lesson in turns.lessons), key=lambda it: it.number)
-        self.parameters = dict(self.model.named_parameters())
+        if frozen:
+            self.model.requires_grad_(False)
+        self.parameters = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+        self.rule = list(self.parameters.values())  # what of the rule is learned
         self.parameters |= {f"code.{instrument}": code for instrument, code in self.codes.items()}
         self.optimizer = _OPTIMIZERS[recipe.optimizer](self.parameters.values(), lr=recipe.learning_rate)
         self.graphs = {}  # of _differentiate, by the number of judgements and the width of the window
@@ -362,7 +375,7 @@ class Trainer:
                 attempt.lesson.keep(attempt.window, attempt.grids, self.recipe.num_steps)
         for parameter in self.parameters.values():
             parameter.grad = None
-        for parameter, gradient in zip(self.model.parameters(), gradients):
+        for parameter, gradient in zip(self.rule, gradients):
             parameter.grad = gradient
         for attempt in attempts:
             if attempt.lesson.code is not None:
@@ -406,8 +419,7 @@ class Trainer:
             "loss": sum(attempt.loss for attempt in attempts),
             **{name: sum(attempt.terms[name] for attempt in attempts) for name in attempts[0].terms},
         }
-        count = len(list(self.model.parameters()))
-        gradients = [sum(parts) for parts in zip(*(attempt.gradients[:count] for attempt in attempts))]
+        gradients = [sum(parts) for parts in zip(*(attempt.gradients[: len(self.rule)] for attempt in attempts))]
         if self.processes > 1:
             numbers = torch.tensor([float(number) for number in sums.values()], device=gradients[0].device)
             flat = torch.cat([gradient.flatten() for gradient in gradients] + [numbers])
@@ -475,7 +487,7 @@ class Trainer:
     def _differentiate(self, judgements, checkpoint_every, mel, linear, mel_target, linear_target, *place):
         """-> (the grown grids, the gradients, what was measured: the loss, its terms, the gradients' norms and both
         grids' errors by frame). ``place`` as :meth:`Lesson.at` gives it."""
-        learned = list(self.model.parameters())
+        learned = list(self.rule)
         tables = None
         if place:
             times, *row_features = place[:3]
