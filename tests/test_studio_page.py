@@ -208,7 +208,8 @@ def test_a_space_is_played(tmp_path):
             return page.inner_text("#mixture")
 
         def is_heard():
-            wait(lambda: page.get_attribute("#play", "data-state") == "playing")
+            wait(lambda: page.is_visible("#space[aria-busy=false]") and page.is_visible("#play:not([aria-busy])"))
+            assert page.get_attribute("#play", "data-state") == "playing"
             wait(lambda: float(page.get_attribute("#play", "data-peak")) > 0.001)
             page.click("#play")
             wait(lambda: page.get_attribute("#play", "data-state") == "stopped")

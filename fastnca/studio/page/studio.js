@@ -778,15 +778,20 @@ function farApart(count) {
 
 const growNewest = newestOnly(async ({ path, json, heard }) => {
   const asked = JSON.stringify(json);
-  growing = true;
+  setGrowing(true);
   try {
     if (asked !== lastGrown) await post(path, json);
     lastGrown = asked;
   } finally {
-    growing = false;
+    setGrowing(false);
   }
   if (heard) play("grown");
 });
+
+function setGrowing(yes) {
+  growing = yes;
+  $("space").setAttribute("aria-busy", String(yes));
+}
 
 // While a drag is under way only the newest mixture grows; it is heard when the drag ends.
 function mix(shares, ends) {
