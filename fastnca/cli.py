@@ -621,7 +621,9 @@ def _life_report(life):
 def studio(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="[AUDIO|DIR]", help="A recording to begin with, a finished run, or a studio's folder."),
+        typer.Argument(
+            metavar="[AUDIO|DIR]", help="A recording to begin with, a finished run, a space, or a studio's folder."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder that keeps everything.")] = Path(
         "fastnca-studio"

@@ -144,41 +144,24 @@ class Space(Mapping):
             raise ValueError(f"amount must be from 0 to 1, got {amount!r}")
         return self.mix({first: 1.0 - amount, second: amount} if first != second else {first: 1.0})
 
+    def gliding(self, first, second):
+        """One sound that is ``first`` at its beginning and ``second`` at its end -> SoundModel. It grows as any other,
+        but is no file of one rule: every part of 8 frames grows by the rule of another mixture."""
+        middle = self.morph(first, second)
+        return replace(middle, automaton=_Gliding(self, first, second, middle.automaton))
+
     @on_cpu
     @torch.no_grad()
     def glide(self, first, second, on_step=None):
-        """One sound that is ``first`` at its beginning and ``second`` at its end -> GrownSound.
-
-        It grows as any other, but that every part of 8 frames has the tables of another mixture. on_step: called with
-        (steps done, steps in all).
-        """
-        middle = self.morph(first, second)
-        plan = middle.plan()
-        n_frames, automaton = plan.n_frames, self.automaton
-        halo = 2 * GLIDE_STEPS
-        width = min(n_frames, GLIDE_FRAMES + 2 * halo)
-        parts = []  # (frames that are kept, where they lie in the part, frames of the part)
-        for begin in range(0, n_frames, GLIDE_FRAMES):
-            end = min(n_frames, begin + GLIDE_FRAMES)
-            start = min(max(0, begin - halo), n_frames - width)
-            parts.append((slice(begin, end), slice(begin - start, end - start), slice(start, start + width)))
-        models = [self.morph(first, second, (kept.start + kept.stop) / 2 / n_frames).automaton for kept, _, _ in parts]
-        tables = []
-        for model, (_, _, frames) in zip(models, parts):
-            *rows, columns = model.tables(n_frames, plan.times)
-            tables.append((*rows, columns[..., frames]))
-        grids = automaton.seed(n_frames)
+        """Grow :meth:`gliding` -> GrownSound. on_step: called with (steps done, steps in all)."""
+        model = self.gliding(first, second)
+        plan, automaton = model.plan(), model.automaton
+        grids, tables = automaton.seed(plan.n_frames), automaton.tables(plan.n_frames, plan.times)
         for done in range(0, plan.num_steps, GLIDE_STEPS):
             if on_step:
                 on_step(done, plan.num_steps)
-            steps = min(GLIDE_STEPS, plan.num_steps - done)
-            grown = [torch.empty_like(grid) for grid in grids]
-            for model, known, (kept, inside, frames) in zip(models, tables, parts):
-                window = [grid[..., frames] for grid in grids]
-                for whole, part in zip(grown, model.rollout(*window, steps, precision="fp32", tables=known)):
-                    whole[..., kept] = part[..., inside]
-            grids = grown
-        return middle.decode(*middle.automaton.levels(grids))
+            grids = automaton.rollout(*grids, min(GLIDE_STEPS, plan.num_steps - done), "fp32", tables)
+        return model.decode(*automaton.levels(grids))
 
     def map(self):
         """{name: (x, y)}: the sounds in the plane in which their codes differ most, their first two principal
@@ -198,6 +181,52 @@ class Space(Mapping):
             for name, member in self.members.items()
         }
         write_safetensors(path, tensors, "space", SPACE_VERSION, {"config": self.automaton.config, "members": members})
+
+
+class _Gliding:
+    """What a SoundModel needs of an automaton, for a sound of which every part grows by the rule of another mixture."""
+
+    def __init__(self, space, first, second, middle):
+        self._space, self._names, self._middle = space, (first, second), middle
+        self._rules = {}  # by the share of the second sound
+        self.growth, self.life_mask, self.places = middle.growth, middle.life_mask, middle.places
+        self.knows_time, self.steps_to_fill = middle.knows_time, middle.steps_to_fill
+        self.seed, self.levels = middle.seed, middle.levels
+
+    def tables(self, n_frames, times=None, pitch_hz=None):
+        """[(the rule, its tables, the frames that are kept, where they lie in the part, the part's frames)]"""
+        self._middle.tables(n_frames, times, pitch_hz)  # raises where it knows no such pitch
+        ratio = pitch_hz and pitch_hz / self.places.pitch_hz
+        halo = 2 * GLIDE_STEPS
+        width = min(n_frames, GLIDE_FRAMES + 2 * halo)
+        parts = []
+        for begin in range(0, n_frames, GLIDE_FRAMES):
+            end = min(n_frames, begin + GLIDE_FRAMES)
+            start = min(max(0, begin - halo), n_frames - width)
+            amount = (begin + end) / 2 / n_frames
+            rule = self._rules.get(amount) or self._space.morph(*self._names, amount).automaton
+            self._rules[amount] = rule
+            *rows, columns = rule.tables(n_frames, times, ratio and rule.places.pitch_hz * ratio)
+            frames = slice(start, start + width)
+            kept, inside = slice(begin, end), slice(begin - start, end - start)
+            parts.append((rule, (*rows, columns[..., frames]), kept, inside, frames))
+        return parts
+
+    def rollout(self, grid_mel, grid_linear, num_steps, precision, tables):
+        grids = grid_mel, grid_linear
+        for done in range(0, num_steps, GLIDE_STEPS):
+            grown = [torch.empty_like(grid) for grid in grids]
+            for rule, known, kept, inside, frames in tables:
+                window = [grid[..., frames] for grid in grids]
+                steps = min(GLIDE_STEPS, num_steps - done)
+                for whole, part in zip(grown, rule.rollout(*window, steps, precision=precision, tables=known)):
+                    whole[..., kept] = part[..., inside]
+            grids = tuple(grown)
+        return grids
+
+    def grow(self, n_frames, num_steps, times=None, pitch_hz=None, at=None):
+        tables = self.tables(n_frames, times, pitch_hz)
+        return self.levels(self.rollout(*self.seed(n_frames, at, times), num_steps, "fp32", tables))
 
 
 def load_sound(path, sound=None, **options):

@@ -17,8 +17,14 @@ import torch
 from commands import assert_rejected, fastnca_cli
 
 import fastnca
+from fastnca.automaton.rule import ALPHA
+from fastnca.context import Places
+from fastnca.model import DualSpecTNCA
 from fastnca.sound.convention import SAMPLE_RATE
 from fastnca.sound.files import load_audio
+from fastnca.sound.spectrogram import Scale
+from fastnca.sound_model import SoundCard
+from fastnca.space import Member, Space
 
 pytest.importorskip("starlette", reason="the studio is the extra fastnca[studio]")
 
@@ -439,6 +445,168 @@ class TestServer:
         answer = post(client, "take", action="keep")
         assert answer.status_code == 507 and "disk is full" in answer.json()["error"]
         assert client.get("/api/state").json()["takes"] == []
+
+
+def save_space(path):
+    """A space of four sounds that nobody has taught: "low" and "high" have a pitch, "noise" and "click" have none."""
+    torch.manual_seed(0)
+    automaton = DualSpecTNCA(context=Places(code_size=3, pitch_hz=220.0), growth=True)
+    torch.nn.init.normal_(automaton.update_mlp[-1].weight, std=0.02)
+    automaton.update_mlp[-1].bias.data[ALPHA] = 0.2  # so that life spreads and stays
+    members = {}
+    for name, hertz, n_frames in (("low", 220.0, 24), ("high", 440.0, 16), ("noise", None, 16), ("click", None, 8)):
+        card = SoundCard(Scale(0.0, 0.0), n_frames, 4, "griffinlim", None, "default", 7)
+        members[name] = Member(torch.randn(3), card, hertz)
+    Space(automaton, members, None).save(path)
+
+
+@pytest.fixture
+def space_studio(tmp_path):
+    """A Studio in which a space is open, paused."""
+    save_space(tmp_path / "four.safetensors")
+    studio = Studio(tmp_path / "studio", vocoder="griffinlim")
+    studio.add_run(tmp_path / "four.safetensors")
+    studio.running = False
+    yield studio
+    studio.close()
+
+
+@pytest.fixture
+def space_client(space_studio):
+    with TestClient(make_app(space_studio), base_url=ADDRESS) as client:
+        yield client
+
+
+def mixture_of(answer):
+    return answer.json()["mixture"]
+
+
+class TestSpace:
+    def test_it_opens_with_its_first_sound(self, space_client):
+        state = space_client.get("/api/state").json()
+        assert state["sounds"] == [{"name": "four", "is_space": True, "epochs": None, "mel_l1_db": None}]
+        assert state["mixture"] == {"shares": {"low": 1.0}} and state["sound"]["pitch_hz"] == pytest.approx(220.0)
+        assert state["sound"]["note"] == "4 sounds in one rule" and state["learning"] is None
+        assert post(space_client, "learning", action="longer").status_code == 400
+
+    def test_map(self, space_client, space_studio):
+        sounds = {sound["name"]: sound for sound in space_client.get("/api/map").json()}
+        assert {name: tuple(sound["place"]) for name, sound in sounds.items()} == space_studio.space.map()
+        assert sounds["high"]["pitch_hz"] == 440.0 and sounds["click"]["pitch_hz"] is None
+
+    def test_a_mixture_grows_at_once(self, space_client, space_studio):
+        state = post(space_client, "mix", shares={"low": 3, "noise": 1, "high": 0}).json()
+        assert state["mixture"] == {"shares": {"low": 0.75, "noise": 0.25}}
+        assert state["life"]["age"] == 44 and state["life"]["alive"] == 1 and state["life"]["n_frames"] == 22
+        automaton = space_studio.space.mix({"low": 0.75, "noise": 0.25}).automaton
+        expected = automaton.rollout(*automaton.seed(22, 12), 44, precision="fp32")
+        for grid, other in zip(space_studio.stage.now.grids, expected, strict=True):
+            torch.testing.assert_close(grid, other, rtol=0, atol=1e-4)
+        assert post(space_client, "life", action="scrub", age=20).json()["life"]["age"] == 20
+        for of in ("of=grown", "of=growth", "of=grown&semitones=1.5"):
+            assert space_client.get(f"/api/sound?{of}").status_code == 200
+
+    def test_it_keeps_the_shape(self, space_client):
+        post(space_client, "shape", seconds=2 * 24 * 256 / SAMPLE_RATE, semitones=2)
+        state = post(space_client, "mix", shares={"high": 1}).json()
+        assert state["life"]["n_frames"] == 32 and state["shape"]["semitones"] == 2
+        state = post(space_client, "mix", shares={"click": 1}).json()
+        assert state["life"]["n_frames"] == 16 and state["shape"]["semitones"] == 0
+
+    def test_a_drag_is_undone_as_one(self, space_client, space_studio):
+        for share in (0.1, 0.2, 0.3):
+            post(space_client, "mix", shares={"low": share, "high": 1 - share}, stroke=5)
+        grids = space_studio.stage.now.grids
+        assert mixture_of(post(space_client, "undo")) == {"shares": {"low": 1.0}}
+        assert mixture_of(post(space_client, "redo")) == {"shares": {"low": 0.3, "high": 0.7}}
+        assert same(space_studio.stage.now.grids, grids)
+        before = post(space_client, "life", action="step").json()["life"]
+        assert before["age"] == 45
+
+    def test_a_glide_lives(self, space_client, space_studio):
+        state = post(space_client, "glide", **{"from": "low", "to": "noise"}).json()
+        assert state["mixture"] == {"glide": ["low", "noise"]} and state["life"]["alive"] == 1
+        assert state["life"]["n_frames"] == 20 and state["life"]["age"] == 44
+        place = {"grid": "mel", "points": [[0.5, 0.5]], "size": 0.2, "mode": "erase"}
+        assert post(space_client, "brush", **place).status_code == 200
+        assert post(space_client, "life", action="step", steps=5).json()["life"]["age"] == 49
+        assert post(space_client, "shape", semitones=3).status_code == 200
+        assert space_client.get("/api/sound?of=wounded").status_code == 200
+        answer = space_client.get("/api/export?what=model")
+        assert answer.status_code == 400 and "no model file holds" in answer.json()["error"]
+
+    def test_a_take_comes_back_with_its_mixture(self, space_client):
+        for sounds in ({"shares": {"low": 0.5, "click": 0.5}}, {"shares": {"noise": 1.0}}):
+            post(space_client, "mix", **sounds)
+            post(space_client, "take", action="keep")
+        post(space_client, "glide", **{"from": "high", "to": "low"})
+        takes = post(space_client, "take", action="keep").json()["takes"]
+        assert [take["name"] for take in takes] == ["low 50%, click 50%", "noise", "high to low"]
+        for take in takes:
+            state = post(space_client, "take", action="recall", id=take["id"]).json()
+            assert state["mixture"] == take["mixture"]
+            assert space_client.get(f"/api/sound?of=take&id={take['id']}").status_code == 200
+
+    @pytest.mark.parametrize(
+        "recipe, words",
+        [
+            ({"shares": {"low": 0.5, "noise": 0.5}}, "fastnca morph {} low=0.5 noise=0.5"),
+            ({"glide": ["low", "high"]}, "fastnca morph {} low high --glide"),
+            ({"shares": {"high": 1}}, "fastnca generate {} --sound high --frames 16 --steps 44 --time stretch"),
+        ],
+    )
+    def test_commands_repeat_it(self, space_client, space_studio, recipe, words, tmp_path):
+        space_studio.mix(**recipe)
+        command = space_client.get("/api/export?what=command").text
+        assert command == words.format(space_studio.path / "four")
+        wav = tmp_path / "repeated.wav"
+        assert fastnca_cli(*command.split()[1:], "--vocoder", "griffinlim", "-o", wav).exit_code == 0
+        assert soundfile.info(wav).frames == 256 * space_studio.stage.now.n_frames
+
+    def test_the_model_of_a_mixture_is_a_model(self, space_client, tmp_path):
+        post(space_client, "mix", shares={"low": 0.5, "high": 0.5})
+        (tmp_path / "m.safetensors").write_bytes(space_client.get("/api/export?what=model").content)
+        assert fastnca.load(tmp_path / "m.safetensors").automaton.places.pitch_hz == pytest.approx(220 * 2**0.5)
+
+    def test_the_last_mixture_is_opened_again(self, space_studio):
+        space_studio.mix(glide=["low", "high"])
+        space_studio.mix({"low": 1, "high": 1})
+        space_studio.open("four")
+        assert space_studio.state()["mixture"] == {"shares": {"low": 0.5, "high": 0.5}}
+        (space_studio.path / "four" / "mixture.json").write_text('{"shares": {"gone": 1}}')
+        space_studio.open("four")
+        assert space_studio.state()["mixture"] == {"shares": {"low": 1.0}}
+
+    @pytest.mark.parametrize(
+        "request_, options, words",
+        [
+            ("mix", {"shares": {"../four": 1}}, "there is no sound '../four' in the space; it has low, high"),
+            ("mix", {"shares": ["low"]}, "shares must be a number for each"),
+            ("mix", {"shares": {"low": "1"}}, "shares must be a number for each"),
+            ("mix", {"shares": {"low": True}}, "shares must be a number for each"),
+            ("mix", {"shares": {"low": 1, "high": -1}}, "must not be negative"),
+            ("mix", {"shares": {}}, "one must be positive"),
+            ("mix", {}, "missing"),
+            ("glide", {"from": "low", "to": "/etc/passwd"}, "there is no sound '/etc/passwd' in the space"),
+            ("glide", {"from": "low", "to": ["high"]}, "a glide goes from one sound to another"),
+            ("glide", {"from": "low", "to": "low"}, "a glide goes from one sound to another"),
+        ],
+    )
+    def test_what_is_refused(self, space_client, space_studio, request_, options, words):
+        before, files = space_studio.stage.now, sorted(space_studio.path.rglob("*"))
+        answer = post(space_client, request_, **options)
+        assert answer.status_code == 400 and words in answer.json()["error"] and "\n" not in answer.json()["error"]
+        assert space_studio.stage.now is before and sorted(space_studio.path.rglob("*")) == files
+
+    def test_one_sound_cannot_be_mixed(self, client):
+        assert client.get("/api/state").json()["mixture"] is None
+        for answer in (client.get("/api/map"), post(client, "mix", shares={"run": 1})):
+            assert answer.status_code == 400 and "run is one sound" in answer.json()["error"]
+
+    def test_a_space_may_be_dropped(self, space_client, tmp_path):
+        content = (tmp_path / "four.safetensors").read_bytes()
+        state = space_client.post("/api/recording?name=dropped.safetensors", content=content).json()
+        assert state["sound"]["name"] == "dropped" and state["mixture"] == {"shares": {"low": 1.0}}
 
 
 class TestLearning:

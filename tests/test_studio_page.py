@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_studio import running_studio, wait
+from test_studio import running_studio, save_space, wait
 
 from fastnca.sound.convention import SAMPLE_RATE
 from fastnca.sound.files import write_wav
@@ -185,3 +185,85 @@ def test_the_server_goes_and_comes_back(tone, tmp_path):
         with running_studio(tmp_path / "studio", "--vocoder", "griffinlim", port=re.search(r":(\d+)/", address)[1]):
             wait(lambda: page.get_attribute("body", "data-server") == "there")
             wait(lambda: page.inner_text("#sound-name") == "tone" and number(page, "#age") >= 2)
+
+
+# A keyboard that the test can press: window.pressMidi(status, key, velocity).
+MIDI = """() => {
+    const input = {};
+    navigator.requestMIDIAccess = async () => ({ inputs: new Map([["1", input]]) });
+    window.pressMidi = (...data) => input.onmidimessage({ data });
+}"""
+
+
+def test_a_space_is_played(tmp_path):
+    save_space(tmp_path / "four.safetensors")
+    complaints = []
+    with (
+        running_studio(tmp_path / "studio", tmp_path / "four.safetensors", "--vocoder", "griffinlim") as (_, address),
+        browser() as opened,
+        page_of(opened, address, complaints) as page,
+    ):
+
+        def mixture():
+            return page.inner_text("#mixture")
+
+        def is_heard():
+            wait(lambda: page.is_visible("#space[aria-busy=false]") and page.is_visible("#play:not([aria-busy])"))
+            assert page.get_attribute("#play", "data-state") == "playing"
+            wait(lambda: float(page.get_attribute("#play", "data-peak")) > 0.001)
+            page.click("#play")
+            wait(lambda: page.get_attribute("#play", "data-state") == "stopped")
+
+        # A sound of the map grows and plays, and so does what lies between them.
+        page.evaluate(MIDI)
+        page.wait_for_selector("#map .sound")
+        assert page.locator("#map .sound").count() == 4 and not page.is_visible("#learning")
+        page.click("#map [data-sound=high]")
+        wait(lambda: mixture() == "high")
+        is_heard()
+        before = pixels(page, "#grown-mel")
+        page.select_option("#morph-a", "low")
+        page.select_option("#morph-b", "noise")
+        stroke(page, "#amount", (0.5, 0.5), (0.25, 0.5))
+        wait(lambda: re.fullmatch(r"low 7\d %, noise 2\d %", mixture()))
+        is_heard()
+        wait(lambda: pixels(page, "#grown-mel") != before)
+        wait(lambda: page.inner_text("#command").startswith("fastnca morph"))
+        keep_picture(page, "space")
+
+        # The square is dragged, or moved by keys, and one drag is undone at once.
+        for corner, name in enumerate(("low", "high", "noise", "click")):
+            page.select_option(f"#corner-{corner}", name)
+        wait(lambda: mixture() == "low")
+        stroke(page, "#square", (0.9, 0.9), (0.5, 0.5))
+        wait(lambda: len(mixture().split(", ")) == 4 and "low 25 %" in mixture())
+        is_heard()
+        page.keyboard.press("Control+z")
+        wait(lambda: mixture() == "low")
+        page.focus("#square")
+        page.keyboard.press("ArrowRight")
+        wait(lambda: mixture().count("%") == 4)
+        is_heard()
+
+        # A glide grows, and lives: it can be kept.
+        page.click("#glide")
+        wait(lambda: mixture() == "from low to noise")
+        is_heard()
+        page.click("#keep")
+        wait(lambda: page.input_value(".take-name") == "low to noise")
+
+        # Keys, also those of MIDI, play it at their pitches.
+        page.click("#map [data-sound=low]")
+        wait(lambda: mixture() == "low")
+        is_heard()
+        page.click("#midi")
+        wait(lambda: page.inner_text("#midi") == "MIDI: 1 in")
+        with page.expect_request(lambda request: "semitones=5&" in request.url or request.url.endswith("semitones=5")):
+            page.evaluate("pressMidi(0x90, 62, 100)")  # D4; what lives is A3, 220 Hz
+        wait(lambda: page.evaluate("studio.samplesPlayed()") > 0)
+        page.evaluate("pressMidi(0x80, 62, 0)")
+
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        keep_picture(page, "space-phone", full_page=True)
+    assert complaints == []

@@ -19,9 +19,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..sound.files import load_audio
-from ..sound_model import MODEL_FILE
 from ..training.trainer import Budget
-from .session import Studio, warm_up, wav_bytes
+from .session import Studio, has_model, warm_up, wav_bytes
 
 PAGE = Path(__file__).with_name("page")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -74,10 +73,10 @@ class Api:
 
     def routes(self):
         reads = {"state": self.state, "losses": self.losses, "frame": self.frame, "target": self.target}
-        reads |= {"take": self.take_picture, "sound": self.sound, "export": self.export}
+        reads |= {"take": self.take_picture, "sound": self.sound, "export": self.export, "map": self.map}
         deeds = {"builtin": self.builtin, "open": self.open, "learning": self.learning, "life": self.life}
         deeds |= {"brush": self.brush, "seed": self.seed, "region": self.region, "undo": self.undo, "redo": self.redo}
-        deeds |= {"shape": self.shape, "take": self.take}
+        deeds |= {"shape": self.shape, "take": self.take, "mix": self.mix, "glide": self.glide}
         routes = [Route(f"/api/{name}", _answer(read)) for name, read in reads.items()]
         routes += [Route(f"/api/{name}", self._deed(deed), methods=["POST"]) for name, deed in deeds.items()]
         routes.append(Route("/api/recording", _answer(self.recording), methods=["POST"]))
@@ -102,6 +101,9 @@ class Api:
 
     async def losses(self, request):
         return JSONResponse(await to_thread.run_sync(self.studio.losses))
+
+    async def map(self, request):
+        return JSONResponse(await to_thread.run_sync(self.studio.map))
 
     async def frame(self, request):
         self.studio.watch()
@@ -179,6 +181,12 @@ class Api:
 
     def take(self, action, id=None, name=None):
         self.studio.take(action, id, name)
+
+    def mix(self, shares, stroke=None):
+        self.studio.mix(shares, stroke=stroke)
+
+    def glide(self, begin, end):
+        self.studio.mix(glide=(begin, end))
 
 
 class _TooLarge(ValueError):
@@ -303,7 +311,8 @@ def open_studio(
     """Serve a studio until Ctrl-C.
 
     Args:
-        path: a recording to begin with, a finished run to open, or a studio's folder, then in the place of ``out``.
+        path: a recording to begin with, a finished run or a space to open, or a studio's folder, then in the place of
+            ``out``.
         out: the studio's folder. host, port: where to listen, see :func:`bind`. say: is told the page's address.
         options: of the Studio.
 
@@ -313,10 +322,10 @@ def open_studio(
     path = None if path is None else Path(path)
     if path is not None and not path.exists():
         raise FileNotFoundError(
-            f"no such file or folder: {path}; give a recording, a finished run or a studio's folder"
+            f"no such file or folder: {path}; give a recording, a finished run, a space or a studio's folder"
         )
     begin = path
-    if path is not None and path.is_dir() and not (path / MODEL_FILE).is_file():
+    if path is not None and path.is_dir() and not has_model(path):
         out, begin = path, None
     if begin is not None and begin.is_file() and begin.suffix != ".safetensors":
         load_audio(begin, options.get("duration"))  # raises where it is no recording

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import lock, read_safetensors, unlock, write_safetensors
+from ..files import atomic_write, lock, read_safetensors, unlock, write_safetensors
 from ..generate import PAUSE, STAGES, growth_picture
 from ..growth import Checkpoint, EpochDone, Setback, TrainingDone
 from ..life import find_target
@@ -26,15 +26,16 @@ from ..sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
 from ..sound.files import load_audio
 from ..sound.pictures import save_growth, save_picture
 from ..sound.synthetic import synthesize_bowed_string
-from ..sound_model import MODEL_FILE, find_model_file
-from ..space import load_sound
+from ..sound_model import MODEL_FILE, SPACE_FILE, find_model_file, load
+from ..space import Space
 from ..training.divergence import TrainingDiverged
-from .stage import Moment, Stage, level_bytes
+from .stage import Mixture, Moment, Stage, level_bytes
 
 LOCK_FILE = ".fastnca-studio.lock"
 UPLOAD = ".upload-"  # begins the name of a folder that is not a sound yet
 RECORDING = "recording"  # the stem of what was learned from
 TAKES = "takes"
+MIXTURE = "mixture.json"  # of a space: what was last grown from it
 TAKE_VERSION = 1
 NAME_LENGTH = 60
 CURVE_POINTS = 400
@@ -133,7 +134,8 @@ class Studio:
 
     Args:
         path: the studio's folder, made if it is not there. In it each sound is the folder of a run, as ``fastnca grow``
-            writes it, with the ``recording`` that it learns and with its ``takes``.
+            writes it, with the ``recording`` that it learns and with its ``takes``; or it is a space, which is played
+            and learns no more, with the ``mixture.json`` that was last played.
         minutes: of learning a new sound. duration: seconds of a recording to learn.
         backend, vocoder: see ``fastnca.load``.
 
@@ -155,7 +157,7 @@ class Studio:
         for left in self.path.glob(f"{UPLOAD}*"):
             shutil.rmtree(left, ignore_errors=True)
         self.id = secrets.token_hex(4)
-        self.name = self.note = self.stage = self.learning = self.message = None
+        self.name = self.note = self.stage = self.space = self.learning = self.message = None
         self.running, self.speed = True, 8.0
         self._moving = threading.Lock()  # life takes no step between a pause and what follows it
         self._opening = threading.Lock()  # one sound is opened at a time
@@ -179,14 +181,16 @@ class Studio:
     # Sounds
 
     def sounds(self):
-        """What the page lists: name, epochs and error (None where it is not known) of each sound of the folder."""
+        """What the page lists: name, epochs and error (None where it is not known) of each sound of the folder, and
+        whether it is a space."""
         found = []
         for folder in sorted(self.path.iterdir()):
-            if folder.is_dir() and not folder.name.startswith(".") and (_recording(folder) or _has_model(folder)):
+            if folder.is_dir() and not folder.name.startswith(".") and (_recording(folder) or has_model(folder)):
                 numbers = {}
                 with contextlib.suppress(OSError, ValueError):
                     numbers = json.loads((folder / "metrics.json").read_bytes())
-                found.append({"name": folder.name, **{key: numbers.get(key) for key in ("epochs", "mel_l1_db")}})
+                numbers = {key: numbers.get(key) for key in ("epochs", "mel_l1_db")}
+                found.append({"name": folder.name, "is_space": (folder / SPACE_FILE).is_file(), **numbers})
         return found
 
     def add_upload(self, name, write, **settings):
@@ -205,7 +209,7 @@ class Studio:
             write(file)
             try:
                 if model:
-                    load_sound(file, backend=self.backend, vocoder="griffinlim")
+                    file.rename(upload / self._checked_model(file))
                 else:
                     load_audio(file, self.duration)
             except (ValueError, OSError, RuntimeError) as error:
@@ -227,16 +231,22 @@ class Studio:
 
         self.add_upload("bowed string.wav", write, pitch="440hz")
 
+    def _checked_model(self, file):
+        """What a model file or a space file is called in a sound's folder. Raises ValueError for what is neither."""
+        loaded = load(file, backend=self.backend, vocoder="griffinlim")
+        return SPACE_FILE if isinstance(loaded, Space) else MODEL_FILE
+
     def add_run(self, run):
-        """A copy of a finished run from elsewhere: its model, and its recording as it was learned."""
+        """A copy of a finished run from elsewhere: its model, and its recording as it was learned; or of a space."""
         model_file = find_model_file(run)
-        load_sound(model_file, backend=self.backend, vocoder="griffinlim")  # raises where it is none
+        kept_as = self._checked_model(model_file)
         stem, _ = _safe_name(f"{Path(run).resolve().stem if Path(run).is_dir() else model_file.stem}.wav")
         upload = self.path / f"{UPLOAD}{secrets.token_hex(8)}"
         upload.mkdir()
         try:
-            for name in (MODEL_FILE, "target.wav", LOSSES_FILE, "metrics.json"):
-                source = model_file if name == MODEL_FILE else model_file.with_name(name)
+            shutil.copyfile(model_file, upload / kept_as)
+            for name in ("target.wav", LOSSES_FILE, "metrics.json") if kept_as == MODEL_FILE else ():
+                source = model_file.with_name(name)
                 if source.is_file():
                     shutil.copyfile(source, upload / name)
             folder = self._free_folder(stem)
@@ -292,13 +302,19 @@ class Studio:
                     settings = {**chosen, "minutes": self.minutes, **settings}
                 self._learn(folder, recording, goes_on, **settings)
             else:
-                model = load_sound(folder, backend=self.backend, vocoder=self.vocoder)
-                target = None
-                with contextlib.suppress(OSError, ValueError):
-                    target = find_target(folder / MODEL_FILE, model.card)
+                loaded = load(folder, backend=self.backend, vocoder=self.vocoder)
+                if isinstance(loaded, Space):
+                    stage, space = Stage(mixture=_last_mixture(folder, loaded)), loaded
+                    note = f"{len(space)} sounds in one rule"
+                else:
+                    target = None
+                    with contextlib.suppress(OSError, ValueError):
+                        target = find_target(folder / MODEL_FILE, loaded.card)
+                    stage, space = Stage(loaded, target), None
+                    note = f"learned for {loaded.card.epochs} epochs"
                 self._leave()
-                self._show(name, Stage(model, target), None)
-                self.note = f"learned for {model.card.epochs} epochs"
+                self._show(name, stage, None, space)
+                self.note = note
 
     def _learn(self, folder, recording, resume, **settings):
         growth, run = prepare(recording, folder, resume=resume, checkpoint_every_epochs=CHECKPOINT_EPOCHS, **settings)
@@ -306,14 +322,40 @@ class Studio:
         self._show(folder.name, stage, Learning(growth, run))
         self.note = str(growth.source).replace(recording.name, folder.name, 1)
 
-    def _show(self, name, stage, learning):
-        self.name, self.stage, self.learning = name, stage, learning
+    def _show(self, name, stage, learning, space=None):
+        self.name, self.stage, self.learning, self.space = name, stage, learning, space
         self.message, self.running = None, True
         self._decoded.clear()
 
     def _leave(self):
         if self.learning:
             self.learning.leave()
+
+    # Spaces
+
+    def open_space(self):
+        """The Space. Raises ValueError where none is open."""
+        self.open_stage()
+        if self.space is None:
+            raise ValueError(f"{self.name} is one sound: only a space of many can be mixed")
+        return self.space
+
+    def map(self):
+        """What the page shows of each sound of the space."""
+        space = self.open_space()
+        sounds = {name: {"name": name, "place": place} for name, place in space.map().items()}
+        for name, member in space.members.items():
+            seconds = round(member.card.n_frames * HOP_LENGTH / SAMPLE_RATE, 3)
+            sounds[name] |= {"pitch_hz": member.pitch_hz, "seconds": seconds}
+        return list(sounds.values())
+
+    def mix(self, shares=None, glide=None, stroke=None):
+        """Grow another mixture of the space: ``shares`` by name, or a ``glide`` from one of two names to the other."""
+        with self._opening:
+            mixture = _mixture(self.open_space(), shares, glide)
+            self.stage.mix(mixture, stroke)
+            with atomic_write(self.path / self.name / MIXTURE) as file:
+                file.write(json.dumps(mixture.recipe).encode())
 
     # Learning
 
@@ -479,13 +521,16 @@ class Studio:
             number = max((_take_id(path) for path in folder.glob("*.safetensors")), default=0) + 1
             numbers, shape = stage.report()
             numbers = {key: numbers[key] for key in ("age", "mel_error_db")}
+            mixture = stage.now.mixture
             take = {
                 "id": number,
-                "name": name or f"take {number}",
+                "name": name or (_words(mixture.recipe) if mixture else f"take {number}"),
                 "epochs": stage.model.card.epochs,
                 **numbers,
                 **shape,
             }
+            if mixture:
+                take["mixture"] = mixture.recipe
             self._save_take(folder / f"{number}.safetensors", dict(zip(("mel", "linear"), stage.now.grids)), take)
         elif action == "recall":
             self._pause()
@@ -508,9 +553,11 @@ class Studio:
         stage = self.open_stage()
         tensors, take = self._take(self._take_path(number))
         grids = tuple(tensors[name].to(now.device) for name, now in zip(("mel", "linear"), stage.now.grids))
-        if any(grid.shape[:3] != now.shape[:3] for grid, now in zip(grids, stage.now.grids)):
+        other = any(grid.shape[:3] != now.shape[:3] for grid, now in zip(grids, stage.now.grids))
+        if other or (self.space is not None) != ("mixture" in take):
             raise ValueError(f"take {number} was kept of another model")
-        return Moment(grids, None, take["age"], take["semitones"], take["time"])
+        mixture = _mixture(self.space, **take["mixture"]) if self.space else None
+        return Moment(grids, None, take["age"], take["semitones"], take["time"], mixture)
 
     # What is seen, heard and taken away
 
@@ -523,6 +570,7 @@ class Studio:
             "version": stage.version if stage else 0,
             "sounds": self.sounds(),
             "sound": None,
+            "mixture": None,
             "learning": learning.report() if learning else None,
             "life": None,
             "shape": None,
@@ -543,7 +591,8 @@ class Studio:
             "n_frames": card.n_frames,
         }
         life |= {"running": self.running, "speed": self.speed}
-        return {**state, "sound": sound, "life": life, "shape": shape, "takes": self.takes()}
+        mixture = stage.now.mixture and stage.now.mixture.recipe
+        return {**state, "sound": sound, "mixture": mixture, "life": life, "shape": shape, "takes": self.takes()}
 
     def target_picture(self):
         stage = self.open_stage()
@@ -599,6 +648,8 @@ class Studio:
         stage = self.open_stage()
         if what == "command":
             return self.command().encode(), "command.txt"
+        if what == "model" and stage.now.mixture and "glide" in stage.now.mixture.recipe:
+            raise ValueError("a glide is many rules, which no model file holds: its command line grows it anywhere")
         suffix = {"model": "safetensors", "gif": "gif", "mp4": "mp4", "picture": "png"}.get(what)
         if suffix is None:
             raise ValueError(f"unknown export {what!r}: expected model, gif, mp4, picture or command")
@@ -626,8 +677,15 @@ class Studio:
             shutil.rmtree(folder, ignore_errors=True)
 
     def command(self):
-        """The commands that learn this sound and grow it in its present shape."""
+        """The commands that learn this sound and grow it in its present shape; of a mixture, in its own shape."""
         stage, folder = self.open_stage(), self.path / self.name
+        recipe = stage.now.mixture.recipe if stage.now.mixture else {}
+        if "glide" in recipe:
+            return shlex.join(["fastnca", "morph", str(folder), *recipe["glide"], "--glide"])
+        shares = recipe.get("shares", {})
+        if len(shares) > 1:
+            words = [f"{name}={share:.4g}" for name, share in shares.items()]
+            return shlex.join(["fastnca", "morph", str(folder), *words])
         lines = []
         recording = _recording(folder)
         if recording and self.learning:
@@ -636,7 +694,8 @@ class Studio:
             words += ["--minutes", f"{settings.minutes:g}"] if settings.minutes else ["--epochs", settings.epochs]
             lines.append(shlex.join(map(str, words)))
         now = stage.now
-        words = ["fastnca", "generate", folder, "--frames", now.n_frames, "--steps", now.age, "--time", now.time]
+        words = ["fastnca", "generate", folder, *(["--sound", *shares] if shares else [])]
+        words += ["--frames", now.n_frames, "--steps", now.age, "--time", now.time]
         words += ["--pitch", f"{now.semitones:+g}"] if now.semitones else []
         lines.append(shlex.join(map(str, words)))
         return "\n".join(lines)
@@ -663,13 +722,43 @@ def warm_up():
     Soap([torch.nn.Parameter(torch.zeros(2, 2))], lr=1e-3)
 
 
+def _mixture(space, shares=None, glide=None):
+    """A Mixture of a space, by what somebody else says of it. Raises ValueError for what is none."""
+    if glide is not None:
+        first, second = glide
+        if not (isinstance(first, str) and isinstance(second, str)) or first == second:
+            raise ValueError(f"a glide goes from one sound to another, got {first!r} and {second!r}")
+        return Mixture({"glide": [first, second]}, space.gliding(first, second))
+    numbers = shares.values() if isinstance(shares, dict) else [None]
+    if any(isinstance(share, bool) or not isinstance(share, (int, float)) for share in numbers):
+        raise ValueError("shares must be a number for each of some sounds, by name")
+    model = space.mix(shares)
+    total = sum(numbers)
+    return Mixture({"shares": {name: share / total for name, share in shares.items() if share}}, model)
+
+
+def _words(recipe):
+    """A take's first name, of what it is a mixture of."""
+    shares = recipe.get("shares", {})
+    parts = [f"{name} {share:.0%}" if len(shares) > 1 else name for name, share in shares.items()]
+    return (", ".join(parts) or " to ".join(recipe["glide"]))[:NAME_LENGTH]
+
+
+def _last_mixture(folder, space):
+    """What was last grown from a space, and at first its first sound."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return _mixture(space, **json.loads((folder / MIXTURE).read_bytes()))
+    return _mixture(space, {next(iter(space)): 1.0})
+
+
 def _recording(folder):
     """The file that a sound's folder learns from, or None."""
     return next((path for path in sorted(folder.glob(f"{RECORDING}.*")) if path.is_file()), None)
 
 
-def _has_model(folder):
-    return (folder / MODEL_FILE).is_file()
+def has_model(folder):
+    """Whether a folder holds one learned sound or a space of them."""
+    return any((folder / name).is_file() for name in (MODEL_FILE, SPACE_FILE))
 
 
 def _take_id(path):

@@ -14,10 +14,11 @@ from ..automaton.rule import ALPHA, VALUE
 from ..model import decode_db
 from ..sound.convention import DB_RANGE, HOP_LENGTH, SAMPLE_RATE, on_cpu
 from ..sound.spectrogram import linear_centers, mel_centers
-from ..sound_model import MIN_FRAMES, SETTLING_STEPS, Plan
+from ..sound_model import MIN_FRAMES, SETTLING_STEPS, SoundModel
 
 GRIDS = ("mel", "linear")
 SEED_SPACING = 12  # cells between many seeds, as in the default recipe
+GROWN_STRIDE = 4  # steps between two ages that can be gone back to, of a mixture that grows all at once
 MAX_SECONDS = 30.0  # of a sound on the stage
 MEMORY = 256 * 2**20  # bytes of states that can be gone back to, by age, and as many to undo
 MAX_STATES = 64
@@ -28,15 +29,25 @@ BRUSHES = ("erase", "noise", "quieter", "louder", "protect", "unprotect")
 
 
 @dataclass(frozen=True, eq=False)
+class Mixture:
+    """What lies between sounds of a space: how it is made, {"shares": {name: share}} or {"glide": [name, name]}, and
+    the SoundModel that it grows by."""
+
+    recipe: dict
+    model: SoundModel
+
+
+@dataclass(frozen=True, eq=False)
 class Moment:
     """All that there is to go back to: the grids [1, C, bands, T], never changed in place; which cells may not change,
-    [bands, T] each, or None; their age in steps; and the shape that they grow in."""
+    [bands, T] each, or None; their age in steps; the shape that they grow in; and, of a space, by which mixture."""
 
     grids: tuple
     held: tuple | None
     age: int
     semitones: float
     time: str
+    mixture: Mixture | None = None
 
     @property
     def n_frames(self):
@@ -52,12 +63,13 @@ class Stage:
 
     Args:
         model: the SoundModel whose rule they live by. target: the recording, a DualSpectrogram, or None.
+        mixture: of a space, in the place of both: what grows first, see :meth:`mix`.
 
     A place is (band, time), both shares of the grid from 0 to 1. Whatever is asked for and cannot be raises ValueError.
     """
 
-    def __init__(self, model, target=None):
-        self.model, self.target = model, target
+    def __init__(self, model=None, target=None, mixture=None):
+        self._learned, self.target = model, target
         self.version = next(_versions)  # another number whenever something that can be seen has changed, on any stage
         self.touched = 0  # the age at which a person last did something
         self.wounded = None  # (version, Moment) right after the last stroke that took something away
@@ -67,14 +79,29 @@ class Stage:
         self._undo, self._redo = [], []
         self._stroke = self._last_point = None
         self._tables = self._seen = None
-        self.restart()
+        self._begin(mixture)
+
+    @on_cpu
+    def _begin(self, mixture):
+        model = mixture.model if mixture else self._learned
+        n_frames = model.card.n_frames
+        self.now = Moment(model.automaton.seed(n_frames, SEED_SPACING), None, 0, 0.0, "stretch", mixture)
+        self._note()
 
     # What lives
+
+    @property
+    def model(self):
+        """The SoundModel whose rule they live by now."""
+        return self._model_of(self.now)
+
+    def _model_of(self, moment):
+        return moment.mixture.model if moment.mixture else self._learned
 
     def learn(self, model):
         """From now on they live by this SoundModel, of the same sound."""
         with self._lock:
-            self.model, self._tables = model, None
+            self._learned, self._tables = model, None
 
     @property
     def steps_to_fill(self):
@@ -85,15 +112,16 @@ class Stage:
         with self._lock:
             return max(self.now.age, *self._past, 0)
 
-    def plan(self, semitones=0.0):
-        """The Plan of what lives, so many semitones higher."""
-        moment = self.now
-        return self.model.plan(moment.n_frames, moment.age, moment.time, self._hertz(moment.semitones + semitones))
+    def _plan(self, moment, semitones=0.0):
+        """The Plan of a Moment, so many semitones higher."""
+        model = self._model_of(moment)
+        return model.plan(moment.n_frames, moment.age, moment.time, self._hertz(model, moment.semitones + semitones))
 
-    def _hertz(self, semitones):
+    @staticmethod
+    def _hertz(model, semitones):
         if semitones == 0:
             return None
-        places = self.model.automaton.places
+        places = model.automaton.places
         if not (places and places.pitch_hz):
             raise ValueError("the sound has no pitch that stays, so it cannot grow at another one")
         return places.pitch_hz * 2.0 ** (semitones / 12.0)
@@ -110,9 +138,9 @@ class Stage:
     def _lived(self, moment, num_steps):
         if num_steps <= 0:
             return moment
-        automaton = self.model.automaton
+        automaton = self._model_of(moment).automaton
         if self._tables is None:
-            plan = self.plan()
+            plan = self._plan(moment)
             self._tables = (automaton.tables(plan.n_frames, plan.times, plan.pitch_hz),)
         grids, tables = moment.grids, self._tables[0]
         for steps in [num_steps] if moment.held is None else [1] * num_steps:
@@ -141,7 +169,7 @@ class Stage:
             age = min(max(0, age), self.oldest)
             ages = sorted(self._past)
             near = self._past[ages[max(0, bisect_right(ages, age) - 1)]]
-            if near.n_frames != self.now.n_frames or near.semitones != self.now.semitones:
+            if any(getattr(near, what) != getattr(self.now, what) for what in ("n_frames", "semitones", "mixture")):
                 self._tables = None
             self.now = near
             self.now = self._lived(near, age - near.age)
@@ -160,13 +188,14 @@ class Stage:
         with self._lock:
             if moments:
                 others.append(self.now)
-                self._go_to(moments.pop())
+                moment = moments.pop()
+                if moment.n_frames != self.now.n_frames or moment.mixture is not self.now.mixture:
+                    self._past = {}
+                self._go_to(moment)
 
     def _go_to(self, moment):
         self._tables = None
         self._past = {age: past for age, past in self._past.items() if age < moment.age}
-        if moment.n_frames != self.now.n_frames:
-            self._past = {}
         self.now = moment
         self.touched, self._stroke = moment.age, None
         self._note()
@@ -190,17 +219,12 @@ class Stage:
     @on_cpu
     def restart(self, many=True, empty=False):
         """Begin again at age 0: from many seeds, from one in the middle of each grid, or with nothing that lives."""
-        with self._lock:
-            if self.now is None:
-                self.now = Moment(self._seeds(self.model.card.n_frames, "stretch", many), None, 0, 0.0, "stretch")
-                self._note()
-                return
-            with self._deed():
-                grids = self._seeds(self.now.n_frames, self.now.time, many)
-                if empty:
-                    grids = tuple(torch.zeros_like(grid) for grid in grids)
-                self.now = replace(self.now, grids=self._keep_held(grids), age=0)
-                self._past = {}
+        with self._deed():
+            grids = self._seeds(self.now.n_frames, self.now.time, many)
+            if empty:
+                grids = tuple(torch.zeros_like(grid) for grid in grids)
+            self.now = replace(self.now, grids=self._keep_held(grids), age=0)
+            self._past = {}
 
     def _seeds(self, n_frames, time, many):
         plan = self.model.plan(n_frames, 0, time)
@@ -289,7 +313,7 @@ class Stage:
             if seconds is not None:
                 least = MIN_FRAMES * HOP_LENGTH / SAMPLE_RATE
                 n_frames = round(_number("seconds", seconds, least, MAX_SECONDS) * SAMPLE_RATE / HOP_LENGTH)
-            self.model.plan(n_frames, 0, time, self._hertz(semitones))  # raises where it cannot be
+            self.model.plan(n_frames, 0, time, self._hertz(self.model, semitones))  # raises where it cannot be
             if (semitones, n_frames, time) == (now.semitones, now.n_frames, now.time):
                 return
             with self._deed():
@@ -297,6 +321,30 @@ class Stage:
                 if (n_frames, time) != (now.n_frames, now.time):
                     self.now = replace(self.now, grids=self._seeds(n_frames, time, True), held=None, age=0)
                     self._past = {}
+
+    @on_cpu
+    @torch.no_grad()
+    def mix(self, mixture, stroke=None):
+        """Another Mixture of the same space grows, in the shape of the last: as many semitones higher, where it has a
+        pitch, and as many times as long. ``stroke``: as in :meth:`brush`.
+
+        Who moves a slider waits for it, so it grows at once and from a lattice of seeds: life is everywhere after
+        SEED_SPACING steps and settled after SETTLING_STEPS more, 44 in all. From one cell it would be about 290.
+        """
+        with self._lock:
+            model, now = mixture.model, self.now
+            n_frames = round(model.card.n_frames * now.n_frames / self.model.card.n_frames)
+            n_frames = min(max(MIN_FRAMES, n_frames), int(MAX_SECONDS * SAMPLE_RATE / HOP_LENGTH))
+            places = model.automaton.places
+            semitones = now.semitones if places and places.pitch_hz else 0.0
+            plan = model.plan(n_frames, None, now.time, self._hertz(model, semitones), SEED_SPACING)
+            grids = model.automaton.seed(n_frames, plan.at, plan.times)
+            with self._deed(stroke):
+                self.now = Moment(grids, None, 0, semitones, now.time, mixture)
+                self._past, self._tables = {}, None
+                while self.now.age < plan.num_steps:
+                    self._past[self.now.age] = self.now
+                    self.now = self._lived(self.now, min(GROWN_STRIDE, plan.num_steps - self.now.age))
 
     def put(self, moment):
         """Let what was kept live on."""
@@ -409,18 +457,13 @@ class Stage:
     @torch.no_grad()
     def heard(self, moment=None, semitones=0.0):
         """What lives, or a Moment, decoded -> GrownSound; at another pitch after it has lived there for a while."""
-        with self._lock:
-            moment, model = moment or self.now, self.model
-        automaton, grids = model.automaton, moment.grids
+        moment = moment or self.now
+        model, grids = self._model_of(moment), moment.grids
         if semitones:
-            plan = Plan(moment.n_frames, SETTLING_STEPS, *self._place(moment, semitones), None)
-            tables = automaton.tables(plan.n_frames, plan.times, plan.pitch_hz)
-            grids = automaton.rollout(*grids, plan.num_steps, precision="fp32", tables=tables)
-        return model.decode(*automaton.levels(grids))
-
-    def _place(self, moment, semitones):
-        hertz = self._hertz(moment.semitones + semitones)
-        return self.model.plan(moment.n_frames, 0, moment.time, hertz).times, hertz
+            plan = self._plan(moment, semitones)
+            tables = model.automaton.tables(plan.n_frames, plan.times, plan.pitch_hz)
+            grids = model.automaton.rollout(*grids, SETTLING_STEPS, precision="fp32", tables=tables)
+        return model.decode(*model.automaton.levels(grids))
 
     def stages(self, count):
         """At most so many Moments of the past, evenly spread over their ages, the present one last."""

@@ -177,8 +177,10 @@ const soundKey = () => state?.sound ? [state.server, state.sound.name, state.sou
 function accept(newState, number) {
   if (number < newestState) return;
   newestState = number;
+  const before = JSON.stringify(state?.mixture);
   state = newState;
   if (soundKey() !== openSound) changeSound();
+  else if (JSON.stringify(state.mixture) !== before) forgetGrown();
   showMessages();
   render();
 }
@@ -193,6 +195,14 @@ function changeSound() {
   stop();
   pictures.target = pictures.grown = null;
   if (state.sound?.has_target) loadTarget().catch(report);
+  if (state.mixture) loadSpace().catch(report);
+}
+
+// Keys must not play the mixture that was there before, not even once.
+function forgetGrown() {
+  sounds.delete("grown");
+  notes.clear();
+  heal = null;
 }
 
 function showMessages() {
@@ -649,7 +659,7 @@ function findNote(semitones) {
   return known ?? fresh;
 }
 
-async function noteOn(semitones) {
+async function noteOn(semitones, strength = 1) {
   if (!state?.life || held.has(semitones)) return;
   audioOutput();
   held.set(semitones, null);
@@ -660,7 +670,7 @@ async function noteOn(semitones) {
   const { context, analyser } = audio;
   const playbackRate = state.sound.pitch_hz ? 1 : 2 ** (semitones / 12);
   const source = new AudioBufferSourceNode(context, { buffer: sound.buffer, playbackRate });
-  const gain = new GainNode(context, { gain: 0.7 * equalGain(sound) });
+  const gain = new GainNode(context, { gain: 0.7 * strength * equalGain(sound) });
   source.connect(gain).connect(analyser);
   source.start();
   ringing.add(source);
@@ -697,6 +707,304 @@ function makeKeyboard() {
     key.addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.repeat) noteOn(semitones); });
     key.addEventListener("keyup", (event) => { if (event.key === "Enter") noteOff(semitones); });
   }
+}
+
+const midiHeld = new Map(); // keys of MIDI keyboards that are down -> semitones
+
+async function useMidi() {
+  const access = await navigator.requestMIDIAccess()
+    .catch((cause) => { throw new Refused(`MIDI keyboards cannot be used: ${cause.message}.`); });
+  const listen = () => {
+    for (const input of access.inputs.values()) input.onmidimessage = onMidi;
+    setText("midi", access.inputs.size ? `MIDI: ${access.inputs.size} in` : "MIDI: none in");
+  };
+  access.onstatechange = listen;
+  listen();
+}
+
+function onMidi({ data: [status, key, velocity] }) {
+  const kind = status & 0xf0;
+  if (kind === 0x90 && velocity && state?.life) {
+    const semitones = semitonesOfKey(key);
+    if (Math.abs(semitones) > 48) return;
+    midiHeld.set(key, semitones);
+    noteOn(semitones, velocity / 127);
+  } else if ((kind === 0x80 || kind === 0x90) && midiHeld.has(key)) {
+    noteOff(midiHeld.get(key));
+    midiHeld.delete(key);
+  }
+}
+
+// How far a MIDI key lies above what lives, to a cent; a sound without a pitch is as it is on the middle C.
+function semitonesOfKey(key) {
+  const { sound, shape } = state;
+  if (!sound.pitch_hz) return key - 60;
+  return Number((key - 69 - 12 * Math.log2(sound.pitch_hz / 440) - shape.semitones).toFixed(2));
+}
+
+// ---- A space of sounds ---------------------------------------------------------------------------------------------
+
+const CORNERS = ["corner-0", "corner-1", "corner-2", "corner-3"]; // upper left, upper right, lower left, lower right
+const SVG = "http://www.w3.org/2000/svg";
+const MAP_EDGE = 20; // pixels around the outermost sounds
+const FAN = 9; // pixels from their place of sounds that share it
+
+let space = []; // [{name, place, pitch_hz, seconds}]
+let gesture = null; // numbers the drag that is under way: what it does is undone together
+let lastGrown = null;
+let growing = false;
+
+async function loadSpace() {
+  const key = openSound;
+  const loaded = jsonOf(await request("api/map"));
+  if (key !== openSound) return;
+  space = loaded;
+  const chosen = farApart(4);
+  for (const [id, at] of [["morph-a", 0], ["morph-b", 1], ...CORNERS.map((corner, i) => [corner, i])]) {
+    $(id).replaceChildren(...space.map(({ name }) => new Option(name)));
+    $(id).value = chosen[at].name;
+  }
+  drawMap();
+  renderSpace();
+}
+
+// Sounds that differ: each is the one farthest from those before it.
+function farApart(count) {
+  const far = [space[0]];
+  const away = ({ place: [x, y] }) => Math.min(...far.map(({ place }) => Math.hypot(place[0] - x, place[1] - y)));
+  while (far.length < count) far.push(space.reduce((best, sound) => away(sound) > away(best) ? sound : best));
+  return far;
+}
+
+const growNewest = newestOnly(async ({ path, json, heard }) => {
+  const asked = JSON.stringify(json);
+  setGrowing(true);
+  try {
+    if (asked !== lastGrown) await post(path, json);
+    lastGrown = asked;
+  } finally {
+    setGrowing(false);
+  }
+  if (heard) play("grown");
+});
+
+function setGrowing(yes) {
+  growing = yes;
+  $("space").setAttribute("aria-busy", String(yes));
+}
+
+// While a drag is under way only the newest mixture grows; it is heard when the drag ends.
+function mix(shares, ends) {
+  gesture ??= Date.now();
+  const kept = Object.fromEntries(Object.entries(shares).filter(([, share]) => share > 0));
+  showMixture({ shares: kept });
+  const json = { shares: kept, stroke: gesture };
+  if (ends) gesture = null;
+  if (ends) $("listen-to").value = "grown";
+  return growNewest({ path: "mix", json, heard: ends });
+}
+
+function addShares(pairs) {
+  const shares = {};
+  for (const [name, share] of pairs) shares[name] = (shares[name] ?? 0) + share;
+  return shares;
+}
+
+function mixTwo(ends) {
+  const amount = Number($("amount").value) / 100;
+  touched.set("amount", performance.now());
+  return mix(addShares([[$("morph-a").value, 1 - amount], [$("morph-b").value, amount]]), ends);
+}
+
+const square = { x: 0, y: 0 }; // of the point, shares of the sides from the upper left corner
+
+function mixFour(ends) {
+  const { x, y } = square;
+  Object.assign($("point").style, { left: `${100 * x}%`, top: `${100 * y}%` });
+  const shares = [(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y];
+  return mix(addShares(CORNERS.map((id, i) => [$(id).value, shares[i]])), ends);
+}
+
+async function glide() {
+  $("glide").setAttribute("aria-busy", "true");
+  gesture = null;
+  $("listen-to").value = "grown";
+  await growNewest({ path: "glide", json: { from: $("morph-a").value, to: $("morph-b").value }, heard: true });
+  $("glide").removeAttribute("aria-busy");
+  lastGrown = null;
+}
+
+function renderSpace() {
+  const { mixture } = state;
+  $("space").hidden = !mixture;
+  $("learning").hidden = Boolean(mixture);
+  if (!mixture || !space.length || growing || gesture) return;
+  showMixture(mixture);
+  const { shares } = mixture;
+  if (!shares) return;
+  const names = Object.keys(shares);
+  const [a, b] = [$("morph-a").value, $("morph-b").value];
+  if (a !== b && names.every((name) => name === a || name === b)) sync("amount", Math.round(100 * (shares[b] ?? 0)));
+}
+
+function mixtureInWords({ shares, glide: ends }) {
+  if (ends) return `from ${ends[0]} to ${ends[1]}`;
+  const parts = Object.entries(shares).sort(([, one], [, other]) => other - one);
+  const total = parts.reduce((sum, [, share]) => sum + share, 0);
+  return parts.length === 1 ? parts[0][0] : parts.map(([name, share]) => `${name} ${Math.round((100 * share) / total)} %`).join(", ");
+}
+
+function showMixture(mixture) {
+  const words = mixtureInWords(mixture);
+  setText("mixture", words);
+  $("mixture").title = words;
+  $("amount").setAttribute("aria-valuetext", words);
+  for (const one of all("#map .sound")) one.toggleAttribute("data-in", mixture.shares ? one.dataset.sound in mixture.shares : mixture.glide.includes(one.dataset.sound));
+  showHere(mixture);
+}
+
+// The map. What lies between sounds lies, in the space of codes and so in the map, at the mean of their places.
+
+let mapPlaces = new Map(); // name -> [x, y] in pixels
+
+function drawMap() {
+  const map = $("map");
+  const [width, height] = [map.clientWidth, map.clientHeight];
+  if (!space.length || !width) return;
+  map.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const along = [0, 1].map((axis) => space.map(({ place }) => place[axis]));
+  const [low, high] = [along.map((values) => Math.min(...values)), along.map((values) => Math.max(...values))];
+  const share = (place, axis) => high[axis] > low[axis] ? (place[axis] - low[axis]) / (high[axis] - low[axis]) : 0.5;
+  mapPlaces = new Map(space.map(({ name, place }) => [name, [
+    MAP_EDGE + share(place, 0) * (width - 2 * MAP_EDGE),
+    height - MAP_EDGE - share(place, 1) * (height - 2 * MAP_EDGE),
+  ]]));
+  fanOut();
+  const way = svgElement("polyline", { id: "way" });
+  map.replaceChildren(way, ...space.map(mapSound), svgElement("circle", { id: "here", r: 7.5 }));
+  placeLabels(width, height);
+  if (state.mixture) showMixture(state.mixture);
+}
+
+// Sounds of one instrument share a code, and so a place: they stand around it.
+function fanOut() {
+  const together = {};
+  for (const place of mapPlaces.values()) (together[place.map(Math.round)] ??= []).push(place);
+  for (const places of Object.values(together).filter(({ length }) => length > 1)) {
+    places.forEach((place, i) => {
+      const angle = (2 * Math.PI * i) / places.length;
+      place[0] += FAN * Math.cos(angle);
+      place[1] += FAN * Math.sin(angle);
+    });
+  }
+}
+
+function svgElement(tag, attributes, ...children) {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+function mapSound({ name, pitch_hz: hz, seconds }) {
+  const [x, y] = mapPlaces.get(name);
+  const words = `${name}, ${hz ? hzInWords(hz) : "without a pitch"}, ${seconds.toFixed(1)} s`;
+  const made = svgElement("g", { class: hz ? "sound pitched" : "sound", tabindex: 0, role: "button", "aria-label": words },
+    svgElement("title", {}, words), svgElement("circle", { class: "touch", cx: x, cy: y, r: 9 }),
+    svgElement("circle", { class: "dot", cx: x, cy: y, r: 4 }), svgElement("text", {}, name));
+  made.dataset.sound = name;
+  const choose = () => { gesture = null; mix({ [name]: 1 }, true); };
+  made.addEventListener("click", choose);
+  made.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(); });
+  return made;
+}
+
+// Each name stands beside its dot where it covers no other; where it cannot, it shows when it is pointed at.
+function placeLabels(width, height) {
+  const taken = [...mapPlaces.values()].map(([x, y]) => [x - 5, y - 5, x + 5, y + 5]);
+  for (const one of all("#map .sound")) {
+    const text = one.querySelector("text");
+    const [x, y] = mapPlaces.get(one.dataset.sound);
+    const long = 1.1 * text.getComputedTextLength(); // bold where it is part of what lives
+    const beside = [3.5, -4, 11].flatMap((down) => [[x + 9, y + down], [x - 8 - long, y + down]]);
+    const spots = [...beside, [x - long / 2, y - 8], [x - long / 2, y + 15]];
+    const boxOf = ([left, base]) => [left - 1, base - 9, left + long + 1, base + 2];
+    const free = ([left, top, right, bottom]) => left >= 0 && right <= width && top >= 0 && bottom <= height
+      && taken.every(([l, t, r, b]) => right <= l || left >= r || bottom <= t || top >= b);
+    const spot = spots.find((each) => free(boxOf(each)));
+    const [left, base] = spot ?? [clamp(x + 7, 0, width - long), clamp(y - 8, 10, height)];
+    text.setAttribute("x", left);
+    text.setAttribute("y", base);
+    text.classList.toggle("crowded", !spot);
+    if (spot) taken.push(boxOf(spot));
+  }
+}
+
+function showHere({ shares, glide: ends }) {
+  if (!$("here")) return;
+  const mean = Object.entries(shares ?? { [ends[1]]: 1 });
+  const total = mean.reduce((sum, [, share]) => sum + share, 0);
+  const [x, y] = [0, 1].map((axis) => mean.reduce((sum, [name, share]) => sum + (share / total) * mapPlaces.get(name)[axis], 0));
+  $("here").setAttribute("cx", x);
+  $("here").setAttribute("cy", y);
+  $("way").setAttribute("points", ends ? ends.map((name) => mapPlaces.get(name).join()).join(" ") : "");
+}
+
+// Between the sounds of the map: the three nearest ones, the nearer the more.
+function mixNear(event, ends) {
+  const edge = $("map").getBoundingClientRect();
+  const [x, y] = [event.clientX - edge.left, event.clientY - edge.top];
+  const near = [...mapPlaces].map(([name, place]) => [name, 1 / (1 + Math.hypot(place[0] - x, place[1] - y)) ** 2])
+    .sort(([, one], [, other]) => other - one).slice(0, 3);
+  const total = near.reduce((sum, [, share]) => sum + share, 0);
+  mix(Object.fromEntries(near.map(([name, share]) => [name, share / total])), ends);
+}
+
+// What follows the pointer from where it comes down until it goes up again.
+function dragging(area, wanted, move) {
+  let down = false;
+  area.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0 || !wanted(event)) return;
+    down = true;
+    area.setPointerCapture(event.pointerId);
+    move(event, false);
+  });
+  area.addEventListener("pointermove", (event) => { if (down) move(event, false); });
+  for (const end of ["pointerup", "pointercancel"]) {
+    area.addEventListener(end, (event) => {
+      if (down) move(event, true);
+      down = false;
+    });
+  }
+}
+
+function moveSquare(event, ends) {
+  const edge = $("square").getBoundingClientRect();
+  square.x = clamp((event.clientX - edge.left) / edge.width, 0, 1);
+  square.y = clamp((event.clientY - edge.top) / edge.height, 0, 1);
+  mixFour(ends);
+}
+
+function squareKey(event) {
+  const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (!move) return;
+  event.preventDefault();
+  square.x = clamp(square.x + 0.05 * move[0], 0, 1);
+  square.y = clamp(square.y + 0.05 * move[1], 0, 1);
+  mixFour(false);
+}
+
+function wireSpace() {
+  $("amount").addEventListener("input", () => mixTwo(false));
+  $("amount").addEventListener("change", () => mixTwo(true));
+  for (const id of ["morph-a", "morph-b"]) $(id).addEventListener("change", () => mixTwo(true));
+  for (const id of CORNERS) $(id).addEventListener("change", () => mixFour(true));
+  dragging($("square"), () => true, moveSquare);
+  $("square").addEventListener("keydown", squareKey);
+  $("square").addEventListener("keyup", (event) => { if (event.key.startsWith("Arrow")) mixFour(true); });
+  dragging($("map"), (event) => !event.target.closest(".sound"), mixNear);
+  click("glide", glide);
+  new ResizeObserver(drawMap).observe($("map"));
 }
 
 // ---- Tools on the grids --------------------------------------------------------------------------------------------
@@ -920,6 +1228,7 @@ function render() {
   renderHeader();
   renderSounds();
   if (!state.sound) return;
+  renderSpace();
   renderLearning();
   renderLife();
   renderListening();
@@ -950,13 +1259,13 @@ function renderSounds() {
   $("sounds").replaceChildren(...state.sounds.map(soundItem));
 }
 
-function soundItem({ name, epochs, mel_l1_db: error }) {
+function soundItem({ name, is_space: isSpace, epochs, mel_l1_db: error }) {
   const item = document.createElement("li");
   const button = element("button", "", item);
   button.dataset.sound = name;
   button.title = `Open ${name}`;
   element("strong", "", button).textContent = name;
-  const facts = [name === state.sound?.name && "open now", epochs !== null && `${epochs} epochs`, error !== null && `mel ${db(error)}`];
+  const facts = [name === state.sound?.name && "open now", isSpace && "many sounds", epochs !== null && `${epochs} epochs`, error !== null && `mel ${db(error)}`];
   element("small", "", button).textContent = facts.filter(Boolean).join(", ") || "not learned yet";
   button.addEventListener("click", () => name === state.sound?.name ? showBegin(false) : attempt(() => begin(() => post("open", { name }), `Opening ${name} …`)));
   return item;
@@ -1009,7 +1318,7 @@ function renderLife() {
   setText("run", life?.running ? "Pause" : "Run");
   enable("step", life && !life.running, life ? "it runs; pause it first" : missing);
   $("target").hidden = !sound.has_target;
-  $("studio").classList.toggle("alone", !sound.has_target);
+  $("studio").classList.toggle("of-space", Boolean(state.mixture));
   if (!life) return;
   $("scrub").max = Math.max(life.oldest, life.age);
   if (!life.running || drawn.view === null) showAge(life.age);
@@ -1204,7 +1513,7 @@ function save(blob, name) {
 }
 
 let commandOf = null;
-const commandKey = () => JSON.stringify([openSound, state.shape, state.learning?.status, !state.life.running && state.version]);
+const commandKey = () => JSON.stringify([openSound, state.mixture, state.shape, state.learning?.status, !state.life.running && state.version]);
 const commandWanted = () => state.life && !$("studio").hidden && commandKey() !== commandOf;
 
 async function loadCommand() {
@@ -1380,6 +1689,7 @@ function wireControls() {
   $("listen-to").addEventListener("change", () => listenTo($("listen-to").value));
   click("ab", otherSide);
   click("hear-growth", () => play("growth"));
+  click("midi", () => attempt(useMidi));
   click("hear-wound", () => { $("listen-to").value = "wounded"; play("wounded"); });
 
   click("run", toggleLife);
@@ -1495,6 +1805,10 @@ function wireKeys() {
   window.addEventListener("blur", () => [...held.keys()].forEach(noteOff));
 }
 
+function explainMidi() {
+  if (!navigator.requestMIDIAccess) enable("midi", false, "this browser knows no MIDI");
+}
+
 function explainMicrophone() {
   if (navigator.mediaDevices && window.MediaRecorder) return;
   enable("microphone", false, "a browser gives the microphone only to pages on this computer, or by https");
@@ -1503,9 +1817,11 @@ function explainMicrophone() {
 for (const side of ["grown", "target"]) for (const grid of ["mel", "linear"]) prepareGrid(side, grid);
 makeKeyboard();
 wireControls();
+wireSpace();
 wireKeys();
 listenToDrops();
 explainMicrophone();
+explainMidi();
 chooseTool("listen");
 showBrushSize();
 new ResizeObserver(redrawCurve).observe($("curve"));
