@@ -477,6 +477,13 @@ def morph(
     glide: Annotated[
         bool, typer.Option("--glide", help="Write one sound that is A at its beginning and B at its end.")
     ] = False,
+    graft: Annotated[
+        str | None, typer.Option(help="Write A, of which a box, SECONDS-SECONDS,HZ-HZ, lives by the code of B.")
+    ] = None,
+    become: Annotated[
+        int | None,
+        typer.Option(help="Write the stages of an A that is handed the code of B and lives on for so many steps."),
+    ] = None,
     vocoder: Vocoder = None,
     bigvgan: BigVGAN = None,
     backend: Backend = "auto",
@@ -494,6 +501,8 @@ def morph(
             amount=amount,
             steps=steps,
             glide=glide,
+            graft=graft,
+            become=become,
             vocoder=vocoder,
             bigvgan=bigvgan,
             backend=backend,

@@ -12,7 +12,7 @@ from .sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
 from .sound.files import check_wav_name, write_wav
 from .sound.pictures import save_growth, save_picture
 from .sound.pitch import read_pitch
-from .sound.spectrogram import linear_centers, mel_centers
+from .sound.spectrogram import bands_between
 from .sound_model import find_model_file
 from .space import load_sound
 
@@ -122,10 +122,8 @@ def generate(
     rows = [(f"grown, {plan.num_steps} steps", grown.spectrogram)]
     grown.save(out)
     if hear_growth:
-        pause = np.zeros(PAUSE, dtype=np.float32)
-        samples, _ = within_full_scale(np.concatenate([part for stage in heard for part in (stage, pause)]))
         written.append(beside("_growth.wav"))
-        write_wav(written[-1], samples)
+        write_wav(written[-1], in_turn(heard))
     if box:
         grids = erase(grids, *box, model.card.scale.bands)
         for ending, steps in (("wounded", 0), ("healed", heal)):
@@ -138,6 +136,13 @@ def generate(
             on_step(total, total)
     written[1:1] = save_picture(beside(".png"), rows)
     return written, grown
+
+
+def in_turn(sounds):
+    """Samples one after the other, with pauses -> samples; where one would clip, all are made quieter."""
+    pause = np.zeros(PAUSE, dtype=np.float32)
+    samples, _ = within_full_scale(np.concatenate([part for samples in sounds for part in (samples, pause)]))
+    return samples
 
 
 def _stages(num_steps, count):
@@ -169,13 +174,20 @@ def growth_picture(automaton, step, grids):
     return f"step {step}", *(level.numpy() for level in automaton.levels(grids)), *alphas
 
 
-def read_wound(text, n_frames):
-    """ "SECONDS-SECONDS,HZ-HZ" -> (frames, hertz), a slice and a pair. Raises ValueError for anything else."""
+def read_box(text, what):
+    """ "SECONDS-SECONDS,HZ-HZ" -> ((start, end), (low, high)). Raises ValueError for anything else; ``what`` it says
+    the box is."""
     number = r"(\d*\.?\d+)"
     match = re.fullmatch(rf"{number}\s*-\s*{number}\s*,\s*{number}\s*-\s*{number}", text.strip())
     if not match:
-        raise ValueError(f"a wound is a box SECONDS-SECONDS,HZ-HZ such as 0.5-0.8,200-2000, got {text!r}")
+        raise ValueError(f"{what} is a box SECONDS-SECONDS,HZ-HZ such as 0.5-0.8,200-2000, got {text!r}")
     start, end, low, high = (float(part) for part in match.groups())
+    return (start, end), (low, high)
+
+
+def read_wound(text, n_frames):
+    """A box within a sound -> (frames, hertz), a slice and a pair. Raises ValueError for anything else."""
+    (start, end), (low, high) = read_box(text, "a wound")
     seconds = n_frames * HOP_LENGTH / SAMPLE_RATE
     if not (start < end and low < high and start < seconds):
         raise ValueError(f"a wound must lie within the sound's {seconds:.2f} s and rise from low to high, got {text!r}")
@@ -187,11 +199,8 @@ def erase(grids, frames, hertz, mel_bands):
     """Copies of both grids in which the cells in that box, frames and range of Hz, are dead and empty. Of a range that
     lies between two bands it is the nearest band."""
     wounded = []
-    for grid, centers in zip(grids, (mel_centers, linear_centers)):
+    for grid in grids:
         grid = grid.clone()
-        band_hertz = centers(grid.shape[2], mel_bands)
-        bands = (band_hertz >= hertz[0]) & (band_hertz <= hertz[1])
-        bands[(band_hertz - sum(hertz) / 2).abs().argmin()] = True
-        grid[:, :, bands, frames] = 0.0
+        grid[:, :, bands_between(grid.shape[2], hertz, mel_bands), frames] = 0.0
         wounded.append(grid)
     return wounded

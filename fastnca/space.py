@@ -10,14 +10,14 @@ from .automaton.backends import check_names, choose_backend, choose_device
 from .context import Places, check_pitch
 from .files import read_safetensors, write_safetensors
 from .model import DualSpecTNCA
-from .sound.convention import on_cpu
-from .sound.spectrogram import Scale
+from .sound.convention import HOP_LENGTH, SAMPLE_RATE, on_cpu
+from .sound.spectrogram import Scale, bands_between
 from .sound.vocoder import resolve_vocoder
 from .sound_model import MIN_FRAMES, SoundCard, SoundModel, load
 
 SPACE_VERSION = 1
 GLIDE_FRAMES = 8  # that share a code on the way from one sound to the other
-GLIDE_STEPS = 4  # between two meetings of these parts; a step sees 2 cells far: its neighbors, and their life's
+MEETING_STEPS = 4  # between two meetings of parts; a step sees 2 cells far: its neighbors, and their life's
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,24 +144,75 @@ class Space(Mapping):
             raise ValueError(f"amount must be from 0 to 1, got {amount!r}")
         return self.mix({first: 1.0 - amount, second: amount} if first != second else {first: 1.0})
 
-    def gliding(self, first, second):
+    def glide(self, first, second):
         """One sound that is ``first`` at its beginning and ``second`` at its end -> SoundModel. It grows as any other,
         but is no file of one rule: every part of 8 frames grows by the rule of another mixture."""
         middle = self.morph(first, second)
-        return replace(middle, automaton=_Gliding(self, first, second, middle.automaton))
+        rules = {}  # by the share of the second sound
+
+        def cut(n_frames):
+            halo = 2 * MEETING_STEPS
+            width = min(n_frames, GLIDE_FRAMES + 2 * halo)
+            for begin in range(0, n_frames, GLIDE_FRAMES):
+                end = min(n_frames, begin + GLIDE_FRAMES)
+                start = min(max(0, begin - halo), n_frames - width)
+                amount = (begin + end) / 2 / n_frames
+                rule = rules.get(amount) or self.morph(first, second, amount).automaton
+                rules[amount] = rule
+                kept, inside = (..., slice(begin, end)), (..., slice(begin - start, end - start))
+                yield rule, slice(start, start + width), (kept, kept), (inside, inside)
+
+        return replace(middle, automaton=_Parts(middle.automaton, cut))
+
+    def graft(self, first, second, seconds, hertz):
+        """``first``, of which a box lives by the code of ``second`` -> SoundModel, which is no file of one rule.
+
+        Args:
+            seconds, hertz: from and to, of the box. It is as long and loud as what lies half-way.
+
+        Raises ValueError for a box that has no frame or does not rise from low to high.
+        """
+        middle = self.morph(first, second)
+        models = [self[name].automaton for name in (first, second)]
+        bands = middle.card.scale.bands
+        trained, (start, stop), (low, high) = middle.card.n_frames, seconds, hertz
+        if not (0 <= start < stop and low < high and start * SAMPLE_RATE / HOP_LENGTH < trained):
+            raise ValueError(f"a graft is a box within the sound, from low to high, got {seconds} s, {hertz} Hz")
+        rows = [bands_between(size, hertz, bands) for size in (models[0].n_mels, models[0].n_linear)]
+
+        def cut(n_frames):
+            everything = slice(0, n_frames)
+            yield models[0], everything, (..., ...), (..., ...)
+            begin, end = (round(second * SAMPLE_RATE / HOP_LENGTH * n_frames / trained) for second in seconds)
+            box = [(..., within, slice(begin, max(end, begin + 1))) for within in rows]
+            yield models[1], everything, box, box
+
+        return replace(middle, automaton=_Parts(middle.automaton, cut))
 
     @on_cpu
     @torch.no_grad()
-    def glide(self, first, second, on_step=None):
-        """Grow :meth:`gliding` -> GrownSound. on_step: called with (steps done, steps in all)."""
-        model = self.gliding(first, second)
-        plan, automaton = model.plan(), model.automaton
-        grids, tables = automaton.seed(plan.n_frames), automaton.tables(plan.n_frames, plan.times)
-        for done in range(0, plan.num_steps, GLIDE_STEPS):
+    def become(self, first, second, num_steps, stages=8, on_step=None):
+        """A living ``first`` that is handed the code of ``second`` when it has grown, and lives on for so many steps
+        -> [GrownSound] of so many ages, evenly spread, the first of them before and the last one after.
+
+        It has the length of what lies half-way; its level and pitch go from the one to the other. on_step: called with
+        (steps done, steps in all).
+        """
+        if num_steps < 1 or stages < 2:
+            raise ValueError(f"to become another takes at least 1 step and 2 stages, got {num_steps} and {stages}")
+        n_frames = self.between({first: 0.5, second: 0.5}).card.n_frames
+        one, other = self[first], self[second]
+        plan = one.plan(n_frames)
+        ages = [round(num_steps * stage / (stages - 1)) for stage in range(stages)]
+        grids, grown = one.automaton.seed(n_frames), []
+        for rule, steps in [(one, plan.num_steps), *((other, new - old) for old, new in zip(ages, ages[1:]))]:
             if on_step:
-                on_step(done, plan.num_steps)
-            grids = automaton.rollout(*grids, min(GLIDE_STEPS, plan.num_steps - done), "fp32", tables)
-        return model.decode(*automaton.levels(grids))
+                on_step(plan.num_steps * bool(grown) + ages[max(0, len(grown) - 1)], plan.num_steps + num_steps)
+            tables = rule.automaton.tables(n_frames, plan.times)
+            grids = rule.automaton.rollout(*grids, steps, precision="fp32", tables=tables)
+            now = self.morph(first, second, ages[len(grown)] / num_steps)
+            grown.append(now.decode(*rule.automaton.levels(grids)))
+        return grown
 
     def map(self):
         """{name: (x, y)}: the sounds in the plane in which their codes differ most, their first two principal
@@ -183,44 +234,42 @@ class Space(Mapping):
         write_safetensors(path, tensors, "space", SPACE_VERSION, {"config": self.automaton.config, "members": members})
 
 
-class _Gliding:
-    """What a SoundModel needs of an automaton, for a sound of which every part grows by the rule of another mixture."""
+class _Parts:
+    """What a SoundModel needs of an automaton, for a sound whose parts grow by different rules and meet every 4 steps.
 
-    def __init__(self, space, first, second, middle):
-        self._space, self._names, self._middle = space, (first, second), middle
-        self._rules = {}  # by the share of the second sound
+    Args:
+        middle: the DualSpecTNCA that says what the sound is.
+        cut: a function of the number of frames that gives the parts: (rule, the frames that it grows, and, for both
+            grids, where that goes in the whole and what of it goes there); later parts lie over earlier ones.
+    """
+
+    def __init__(self, middle, cut):
+        self._middle, self._cut = middle, cut
         self.growth, self.life_mask, self.places = middle.growth, middle.life_mask, middle.places
         self.knows_time, self.steps_to_fill = middle.knows_time, middle.steps_to_fill
         self.seed, self.levels = middle.seed, middle.levels
 
     def tables(self, n_frames, times=None, pitch_hz=None):
-        """[(the rule, its tables, the frames that are kept, where they lie in the part, the part's frames)]"""
+        """[(rule, its tables, its frames, where it goes, what goes there)]"""
         self._middle.tables(n_frames, times, pitch_hz)  # raises where it knows no such pitch
         ratio = pitch_hz and pitch_hz / self.places.pitch_hz
-        halo = 2 * GLIDE_STEPS
-        width = min(n_frames, GLIDE_FRAMES + 2 * halo)
         parts = []
-        for begin in range(0, n_frames, GLIDE_FRAMES):
-            end = min(n_frames, begin + GLIDE_FRAMES)
-            start = min(max(0, begin - halo), n_frames - width)
-            amount = (begin + end) / 2 / n_frames
-            rule = self._rules.get(amount) or self._space.morph(*self._names, amount).automaton
-            self._rules[amount] = rule
-            *rows, columns = rule.tables(n_frames, times, ratio and rule.places.pitch_hz * ratio)
-            frames = slice(start, start + width)
-            kept, inside = slice(begin, end), slice(begin - start, end - start)
-            parts.append((rule, (*rows, columns[..., frames]), kept, inside, frames))
+        for rule, frames, where, what in self._cut(n_frames):
+            own_hz = rule.places.pitch_hz
+            *rows, columns = rule.tables(n_frames, times, own_hz * ratio if ratio and own_hz else None)
+            parts.append((rule, (*rows, columns[..., frames]), frames, where, what))
         return parts
 
     def rollout(self, grid_mel, grid_linear, num_steps, precision, tables):
         grids = grid_mel, grid_linear
-        for done in range(0, num_steps, GLIDE_STEPS):
+        for done in range(0, num_steps, MEETING_STEPS):
             grown = [torch.empty_like(grid) for grid in grids]
-            for rule, known, kept, inside, frames in tables:
+            for rule, known, frames, where, what in tables:
                 window = [grid[..., frames] for grid in grids]
-                steps = min(GLIDE_STEPS, num_steps - done)
-                for whole, part in zip(grown, rule.rollout(*window, steps, precision=precision, tables=known)):
-                    whole[..., kept] = part[..., inside]
+                steps = min(MEETING_STEPS, num_steps - done)
+                parts = rule.rollout(*window, steps, precision=precision, tables=known)
+                for whole, part, goes, of in zip(grown, parts, where, what):
+                    whole[goes] = part[of]
             grids = tuple(grown)
         return grids
 

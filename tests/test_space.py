@@ -30,7 +30,7 @@ from fastnca.run import LOCK_FILE
 from fastnca.settings import SpaceSettings
 from fastnca.sound.convention import SAMPLE_RATE
 from fastnca.sound.files import write_wav
-from fastnca.sound.spectrogram import Scale, analyze
+from fastnca.sound.spectrogram import Scale, analyze, bands_between
 from fastnca.sound.vocoder import resolve_vocoder
 from fastnca.sound_model import SoundCard
 from fastnca.space import Member, Space, load_space
@@ -278,6 +278,22 @@ class TestFolder:
         assert_rejected(fastnca_cli("generate", tmp_path, "--sound", "stereo"), "holds one sound, which has no name")
 
 
+def set_by_hand():
+    """A rule of which the code alone says how loud everything is: value += 0.8 relu(its first number - value)."""
+    automaton = DualSpecTNCA(context=Places(code_size=2), growth=True)
+    for parameter in automaton.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        automaton.update_mlp[0].weight[0, 0] = -1.0
+        gates = automaton.context.row_gates
+        gates.place.bias[0] = gates.code.weight[0, 0] = gates.out.weight[0, 0] = 1.0
+        for layer in automaton.update_mlp[2::2]:
+            layer.weight[0, 0] = 1.0
+        automaton.update_mlp[-1].weight.mul_(0.8)
+        automaton.update_mlp[-1].bias[1] = 1.0  # life
+    return automaton
+
+
 class TestSpace:
     @pytest.fixture
     def space(self, learned):
@@ -339,12 +355,48 @@ class TestSpace:
         name = max(space, key=lambda name: space.members[name].card.n_frames)
         torch.manual_seed(1)
         torch.nn.init.normal_(space.automaton.update_mlp[-1].weight, std=0.01)
-        glided, sound = space.glide(name, name), space[name].grow()
+        glided, sound = space.glide(name, name).grow(), space[name].grow()
         assert sound.spectrogram.n_frames >= 16 and sound.spectrogram.mel_db.std() > 1
         for grid in ("mel_db", "linear_db"):
             torch.testing.assert_close(
                 getattr(glided.spectrogram, grid), getattr(sound.spectrogram, grid), rtol=0, atol=1e-2
             )
+
+    def test_a_graft_is_the_second_sound_within_the_box(self, space):
+        """A rule that was set by hand to grow a level that the code alone says, whatever lies around a cell."""
+        names = list(space)[:2]
+        automaton = set_by_hand()
+        members = {
+            name: replace(space.members[name], code=torch.tensor([level, 0.0]), pitch_hz=None)
+            for name, level in zip(names, (0.2, 0.9))
+        }
+        space = Space(automaton, members, space.vocoder)
+        first, second, grafted = (
+            model.automaton.grow(16, 20, at=12)
+            for model in (space[names[0]], space[names[1]], space.graft(*names, (0.05, 9.0), (1000.0, 4000.0)))
+        )
+        n_frames = space.morph(*names).card.n_frames
+        begin = round(round(0.05 * SAMPLE_RATE / 256 * 16 / n_frames))
+        for n_bands, *levels in zip((80, 513), first, second, grafted):
+            box = torch.zeros(n_bands, 16, dtype=torch.bool)
+            box[bands_between(n_bands, (1000.0, 4000.0)), begin:] = True
+            assert 0 < box.sum() < box.numel()
+            torch.testing.assert_close(levels[2], torch.where(box, levels[1], levels[0]), rtol=0, atol=1e-3)
+
+    def test_what_becomes_another_begins_as_the_one_and_ends_as_the_other(self, space):
+        names = list(space)[:2]
+        members = {
+            name: replace(space.members[name], code=torch.tensor([level, 0.0]), pitch_hz=None)
+            for name, level in zip(names, (0.2, 0.9))
+        }
+        space = Space(set_by_hand(), members, space.vocoder)
+        stages = space.become(*names, 10, stages=4)
+        ends = [space[name].grow(stages[0].spectrogram.n_frames) for name in names]
+        for grown, end in zip((stages[0], stages[-1]), ends):
+            torch.testing.assert_close(grown.spectrogram.mel_db, end.spectrogram.mel_db, rtol=0, atol=0.1)
+            assert grown.spectrogram.scale == end.spectrogram.scale
+        means = [stage.spectrogram.linear_db.mean().item() for stage in stages]
+        assert means == sorted(means) and means[0] < means[1]
 
     def test_the_map_keeps_distances_of_two_dimensions(self, space):
         places = torch.tensor(list(space.map().values()), dtype=torch.float64)
@@ -360,6 +412,8 @@ class TestMorph:
             (["A", "B", "--amount", 0.25], ["A-B-0.25.wav", "A-B-0.25.png"]),
             (["A", "B", "--steps", 2], ["A-B-0.00.wav", "A-B-1.00.wav", "A-B-0.00_to_1.png"]),
             (["A", "B", "--glide"], ["A-B-glide.wav", "A-B-glide.png"]),
+            (["A", "B", "--graft", "0-9,500-5000"], ["A-B-graft.wav", "A-B-graft.png"]),
+            (["A", "B", "--become", 9], ["A-B-become.wav", "A-B-become.png"]),
             (["A=0.5,B=0.5"], ["A0.5-B0.5.wav", "A0.5-B0.5.png"]),
         ],
     )
@@ -387,6 +441,10 @@ class TestMorph:
             (["stereo", "low", "-o", "SPACE/map.wav"], "map.png belongs to the run in that folder"),
             (["stereo", "low", "--steps", 1], "steps must be at least 2, got 1"),
             (["stereo", "low", "--glide", "--amount", 0.5], "only one can be"),
+            (["stereo", "low", "--graft", "0-9"], "a graft is a box SECONDS-SECONDS,HZ-HZ"),
+            (["stereo", "low", "--graft", "5-9,20-200"], "a graft is a box within the sound"),
+            (["stereo", "low", "--become", 0], "to become another takes at least 1 step"),
+            (["stereo", "low", "--glide", "--become", 9], "only one can be"),
             (["stereo", "low", "-o", "x.mp3"], "wav"),
         ],
     )
@@ -453,18 +511,7 @@ class TestAdd:
         assert "b" in load_space(other) and "b" not in load_space(folder / "space.safetensors")
 
     def test_a_code_is_found_again(self, tmp_path):
-        """The rule was set so that the code alone decides how loud everything is."""
-        automaton = DualSpecTNCA(context=Places(code_size=2), growth=True)
-        for parameter in automaton.parameters():
-            torch.nn.init.zeros_(parameter)
-        with torch.no_grad():  # value += 0.8 relu(first number of the code - value), life += 1
-            automaton.update_mlp[0].weight[0, 0] = -1.0
-            gates = automaton.context.row_gates
-            gates.place.bias[0] = gates.code.weight[0, 0] = gates.out.weight[0, 0] = 1.0
-            for layer in automaton.update_mlp[2::2]:
-                layer.weight[0, 0] = 1.0
-            automaton.update_mlp[-1].weight.mul_(0.8)
-            automaton.update_mlp[-1].bias[1] = 1.0
+        automaton = set_by_hand()
         card = SoundCard(Scale(0.0, 0.0), 16, 8, "griffinlim", None, "default", 1)
         members = {name: Member(torch.tensor([number, 0.5]), card, None) for name, number in (("a", 0.1), ("b", 1.0))}
         space = Space(automaton, members, resolve_vocoder("griffinlim"))

@@ -98,6 +98,16 @@ def linear_centers(n_bands=N_LINEAR, bands=DEFAULT_BANDS):
     return torch.linspace(0.0, SAMPLE_RATE / 2, n_bands)
 
 
+def bands_between(n_bands, hertz, bands=DEFAULT_BANDS):
+    """The bands of a grid, of the mel one or the linear one by their number, in a range (low, high) of Hz -> slice. Of
+    a range that lies between two bands it is the nearest band."""
+    centers = mel_centers(n_bands, bands) if n_bands == N_MELS else linear_centers(n_bands)
+    low, high = hertz
+    found = torch.nonzero((centers >= low) & (centers <= high)).flatten().tolist()
+    found = found or [(centers - (low + high) / 2).abs().argmin().item()]
+    return slice(found[0], found[-1] + 1)
+
+
 def stft(samples):
     """Tensor [n] -> complex tensor [513, n / 256]: BigVGAN's framing, see convention.py."""
     padded = F.pad(samples[None, None], (PADDING, PADDING), mode="reflect")[0, 0]

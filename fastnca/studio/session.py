@@ -14,15 +14,14 @@ from collections import OrderedDict
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..files import atomic_write, lock, read_safetensors, unlock, write_safetensors
-from ..generate import PAUSE, STAGES, growth_picture
+from ..generate import STAGES, growth_picture, in_turn
 from ..growth import Checkpoint, EpochDone, Setback, TrainingDone
 from ..life import find_target
 from ..run import CHECKPOINT_FILE, LOSSES_FILE, prepare, read_losses
-from ..sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
+from ..sound.convention import HOP_LENGTH, SAMPLE_RATE
 from ..sound.files import load_audio
 from ..sound.pictures import save_growth, save_picture
 from ..sound.synthetic import synthesize_bowed_string
@@ -636,9 +635,7 @@ class Studio:
             elif of == "take":
                 samples = stage.heard(self.kept(number)).samples
             elif of == "growth":
-                pause = np.zeros(PAUSE, dtype=np.float32)
-                heard = [stage.heard(moment).samples for moment in stage.stages(STAGES)]
-                samples, _ = within_full_scale(np.concatenate([part for one in heard for part in (one, pause)]))
+                samples = in_turn([stage.heard(moment).samples for moment in stage.stages(STAGES)])
             else:
                 raise ValueError(f"unknown sound {of!r}: expected grown, target, wounded, growth or take")
             return self._remember(key, samples)
@@ -728,7 +725,7 @@ def _mixture(space, shares=None, glide=None):
         first, second = glide
         if not (isinstance(first, str) and isinstance(second, str)) or first == second:
             raise ValueError(f"a glide goes from one sound to another, got {first!r} and {second!r}")
-        return Mixture({"glide": [first, second]}, space.gliding(first, second))
+        return Mixture({"glide": [first, second]}, space.glide(first, second))
     numbers = shares.values() if isinstance(shares, dict) else [None]
     if any(isinstance(share, bool) or not isinstance(share, (int, float)) for share in numbers):
         raise ValueError("shares must be a number for each of some sounds, by name")
