@@ -193,24 +193,25 @@ class Space(Mapping):
     @torch.no_grad()
     def become(self, first, second, num_steps, stages=8, on_step=None):
         """A living ``first`` that is handed the code of ``second`` when it has grown, and lives on for so many steps
-        -> [GrownSound] of so many ages, evenly spread, the first of them before and the last one after.
+        -> [GrownSound] at so many ages: before, after 1 step, and on to the last in equal ratios, as it changes fast.
 
-        It has the length of what lies half-way; its level and pitch go from the one to the other. on_step: called with
-        (steps done, steps in all).
+        It has the length of what lies half-way; its level goes from the one to the other. on_step: called with (steps
+        done, steps in all).
         """
         if num_steps < 1 or stages < 2:
             raise ValueError(f"to become another takes at least 1 step and 2 stages, got {num_steps} and {stages}")
         n_frames = self.between({first: 0.5, second: 0.5}).card.n_frames
         one, other = self[first], self[second]
         plan = one.plan(n_frames)
-        ages = [round(num_steps * stage / (stages - 1)) for stage in range(stages)]
+        ages = [0, *(round(num_steps ** (stage / max(1, stages - 2))) for stage in range(stages - 1))]
+        ages[-1] = num_steps
         grids, grown = one.automaton.seed(n_frames), []
         for rule, steps in [(one, plan.num_steps), *((other, new - old) for old, new in zip(ages, ages[1:]))]:
             if on_step:
                 on_step(plan.num_steps * bool(grown) + ages[max(0, len(grown) - 1)], plan.num_steps + num_steps)
             tables = rule.automaton.tables(n_frames, plan.times)
             grids = rule.automaton.rollout(*grids, steps, precision="fp32", tables=tables)
-            now = self.morph(first, second, ages[len(grown)] / num_steps)
+            now = self.morph(first, second, len(grown) / (stages - 1))
             grown.append(now.decode(*rule.automaton.levels(grids)))
         return grown
 
