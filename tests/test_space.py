@@ -163,6 +163,23 @@ class TestTrainer:
         for one, other in zip(second.parameters.values(), whole.parameters.values(), strict=True):
             assert torch.equal(one, other)
 
+    def test_what_lives_goes_to_disk_where_it_is_too_much(self, monkeypatch, tmp_path):
+        """The same is learned; what is saved is small, and what lived begins anew."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        in_memory = make_trainer()
+        monkeypatch.setattr("fastnca.training.trainer.LIVING_BUDGET", 1000)
+        trainer, again = make_trainer(), make_trainer()
+        for _ in range(12):
+            assert {**trainer.train_epoch(), "seconds": 0} == {**in_memory.train_epoch(), "seconds": 0}
+        for mine, theirs in zip(trainer.lessons, in_memory.lessons, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(mine.living_grids, theirs.living_grids))
+        assert not list(tmp_path.iterdir())  # the files have no names
+        tensors, numbers = trainer.state_dict()
+        assert not any("living" in name for name in tensors)
+        again.load_state_dict(tensors, numbers)
+        assert all(lesson.ages.max() == 0 for lesson in again.lessons)
+        assert math.isfinite(again.train_epoch()["loss"])
+
     @pytest.mark.parametrize("batch", [0, 4])
     def test_wrong_batch(self, batch):
         with pytest.raises(ValueError, match="an epoch can learn from 1 to 3 sounds at once"):

@@ -1,6 +1,8 @@
 """The trainer: teaches one model its targets by a recipe, epoch by epoch."""
 
 import math
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,7 @@ from .optim import Soap
 FINAL_LEARNING_RATE = 0.02  # share of the recipe's learning rate that is left where it decays
 MAX_SETBACKS = 10  # after each the learning rate is half of what it was
 STATES_BUDGET = 2 * 2**30  # bytes of saved states: 6 s of sound without replaying; a GPU gives half of what it has free
+LIVING_BUDGET = 2 * 2**30  # bytes of what lives beside the epochs in memory: 600 sounds of 1 s; more goes to disk
 _OPTIMIZERS = {"adam": torch.optim.Adam, "soap": Soap}
 
 
@@ -92,6 +95,14 @@ class Windows:
         return slice(begin, begin + self.width)
 
 
+def _in_file(grid):
+    """A tensor in a file that goes with it, in the folder for temporary files (TMPDIR), and in memory as it is used."""
+    with tempfile.NamedTemporaryFile(prefix="fastnca-") as file:
+        os.posix_fallocate(file.fileno(), 0, grid.nbytes)  # raises where the disk is full
+        kept = torch.from_file(file.name, shared=True, size=grid.numel(), dtype=grid.dtype).view_as(grid)
+    return kept.copy_(grid)
+
+
 def time_octaves(n_frames):
     """For ``context.Places``: as many as give the shortest wave about 8 frames, 0.1 s."""
     return max(1, math.floor(math.log2(n_frames / 8)) + 2)
@@ -102,9 +113,10 @@ class Lesson:
 
     Args:
         number: of the sound, in what is saved. code: the parameter that tells it apart, None for the only sound.
+        on_disk: keep what lives in files and do not save it: a resumed run then begins with seeds in its place.
     """
 
-    def __init__(self, number, target, seeds, window, generator, context=None, pitch_hz=None, code=None):
+    def __init__(self, number, target, seeds, window, generator, context=None, pitch_hz=None, code=None, on_disk=False):
         device = seeds[0].device
         self.number = number
         self.n_frames = target.n_frames
@@ -113,7 +125,8 @@ class Lesson:
         self.row_features = [grid.to(device) for grid in context.row_features(pitch_hz)] if context else None
         self.code = code
         self.seed_windows, self.living_windows = (Windows(self.n_frames, window, generator) for _ in range(2))
-        self.living_grids = seeds  # what lives beside the epochs from seeds
+        self.on_disk = on_disk
+        self.living_grids = tuple(map(_in_file, seeds)) if on_disk else seeds  # what lives beside the epochs from seeds
         self.ages = torch.zeros(self.n_frames, dtype=torch.long)  # steps since the seed of the living grids' frames
         self.errors = torch.full((2, self.n_frames), math.nan)  # of both grids' frames, as last judged
 
@@ -136,15 +149,19 @@ class Lesson:
 
     def state_dict(self):
         """(tensors, numbers)"""
-        mel, linear = (grid.clone() for grid in self.living_grids)
-        tensors = {"living.mel": mel, "living.linear": linear, "ages": self.ages.clone(), "errors": self.errors.clone()}
+        tensors = {"errors": self.errors.clone()}
+        if not self.on_disk:
+            mel, linear = (grid.clone() for grid in self.living_grids)
+            tensors |= {"living.mel": mel, "living.linear": linear, "ages": self.ages.clone()}
         waiting = [list(windows.waiting) for windows in (self.seed_windows, self.living_windows)]
         return tensors, {"waiting": waiting}
 
     def load_state_dict(self, tensors, numbers):
         device = self.living_grids[0].device
-        self.living_grids = tuple(tensors[name].clone().to(device) for name in ("living.mel", "living.linear"))
-        self.ages, self.errors = tensors["ages"].clone(), tensors["errors"].clone()
+        self.errors = tensors["errors"].clone()
+        if "ages" in tensors and not self.on_disk:
+            self.living_grids = tuple(tensors[name].clone().to(device) for name in ("living.mel", "living.linear"))
+            self.ages = tensors["ages"].clone()
         for windows, waiting in zip((self.seed_windows, self.living_windows), numbers["waiting"]):
             windows.waiting = list(waiting)
 
@@ -280,6 +297,8 @@ class Trainer:
             n: nn.Parameter(code.detach().clone().to(device)) for n, code in codes.items() if n % processes == rank
         }
         self.turns = []
+        cells = sum(target.n_frames for target in own) * (self.model.n_mels + self.model.n_linear)
+        too_many = cells * self.model.num_channels * 4 > LIVING_BUDGET and torch.device(device).type == "cpu"
         for share in range(rank, batch, processes):
             generator = torch.Generator().manual_seed(seed + share)
             numbers = [number for number, instrument in enumerate(instruments) if instrument % batch == share]
@@ -293,6 +312,7 @@ class Trainer:
                     self.model.context,
                     pitches_hz[number],
                     self.codes.get(instruments[number]),
+                    on_disk=too_many,
                 )
                 for number in numbers
             ]
