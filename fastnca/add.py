@@ -12,14 +12,13 @@ from .run import CHECKPOINT_FILE, LOCK_FILE, check_output
 from .sound.convention import on_cpu
 from .sound.files import load_audio
 from .sound.spectrogram import analyze
-from .sound_model import find_model_file
+from .sound_model import LATTICE, LATTICE_STEPS, find_model_file
 from .space import Member, Space, load_space
 from .training.recipes import RECIPES
 from .training.trainer import Budget, Trainer
 
 CODE_LEARNING_RATE = 0.03  # of 16 numbers of about 1 each
 TUNE_LEARNING_RATE = 1e-3  # a third of what the rule was learned at
-SEEDS_APART, STEPS = 12, 20  # of what grows only to be compared
 
 
 class Addition:
@@ -44,7 +43,7 @@ class Addition:
     def _grown(self, member):
         """(mel, linear) in dB, soon after life has filled the grids from a lattice of cells."""
         automaton = self.automaton.with_code(member.code, member.pitch_hz)
-        return automaton.grow(member.card.n_frames, STEPS, at=SEEDS_APART)
+        return automaton.grow(member.card.n_frames, LATTICE_STEPS, at=LATTICE)
 
     def _train(self, trainer, text, on_progress):
         while trainer.progress < 1.0:

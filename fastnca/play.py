@@ -12,14 +12,13 @@ from .run import check_output
 from .sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
 from .sound.files import check_wav_name, write_wav
 from .sound.pitch import PITCH_RANGE
-from .sound_model import find_model_file, load
+from .sound_model import LATTICE, LATTICE_STEPS, find_model_file, load
 from .space import Space
 
 DRUMS = 9  # the channel whose notes are no pitches, the tenth for people
 SUSTAIN, ALL_SOUND_OFF, ALL_NOTES_OFF = 64, 120, 123  # controllers
 MAX_SECONDS = 3600.0
 RELEASE = SAMPLE_RATE // 12  # samples in which a note that is let go fades
-SEEDS_APART = 12  # as in training: notes grow from a lattice of cells, in a sixth of the steps from one
 LENGTHS = 8  # frames: notes that are held longer than the sound was grow at multiples of this
 AMOUNTS = 16  # between two sounds, on the way from the first note to the last
 
@@ -139,7 +138,7 @@ def play(path, midi, out=None, *, sound=None, to=None, vocoder=None, bigvgan=Non
     for done, ((pitch_hz, amount, n_frames), same) in enumerate(alike.items()):
         if on_note:
             on_note(done, len(alike))
-        grown = model_at(pitch_hz, amount).grow(n_frames, time="sustain", pitch_hz=pitch_hz, at=SEEDS_APART)
+        grown = model_at(pitch_hz, amount).grow(n_frames, LATTICE_STEPS, "sustain", pitch_hz, LATTICE)
         for note in same:
             played = _let_go(grown.samples / grown.gain, round((note.end - note.start) * SAMPLE_RATE))
             start = round(note.start * SAMPLE_RATE)

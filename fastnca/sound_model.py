@@ -20,6 +20,7 @@ MODEL_FILE = "model.safetensors"
 SPACE_FILE = "space.safetensors"  # in its place, of many sounds
 MODEL_VERSION = 3  # of the file; versions from 2 on stay readable
 MIN_FRAMES = 8
+LATTICE, LATTICE_STEPS = 12, 20  # cells between the seeds of a quick growth, and its steps; 44 come no nearer
 SETTLING_STEPS = 32  # that a growth goes on for when life has reached every cell
 
 

@@ -155,7 +155,7 @@ def grown(monkeypatch):
     """Sines grow in place of sounds: [(pitch, frames)] of those that have grown."""
     grown = []
 
-    def grow(model, n_frames, time, pitch_hz, at):
+    def grow(model, n_frames, num_steps, time, pitch_hz, at):
         grown.append((pitch_hz, n_frames))
         tone = 0.25 * np.sin(2 * np.pi * pitch_hz * np.arange(256 * n_frames) / SAMPLE_RATE, dtype=np.float32)
         return SimpleNamespace(samples=tone, gain=0.5)
