@@ -25,8 +25,6 @@ class Places:
     time_octaves: the frames, from -1 to 1, have waves at pi times 1/2, 1, ... 2^(time_octaves - 2).
     pitch_hz: of a pitched sound; where a band lies between its partials is then a coordinate too.
     bands: the mel bands, which tell where that is.
-    averaged_partials: whether the waves between partials are averaged over each mel band, which may be wider than a
-        partial is from the next; models of before read them off at its middle.
     code_size: numbers of the code that tells many sounds of one rule apart; 0 for the rule of one sound. With codes the
         pitch belongs to each sound, and pitch_hz is that of a sound that says none of its own.
 
@@ -38,7 +36,6 @@ class Places:
     pitch_hz: float | None = None
     bands: MelBands = DEFAULT_BANDS
     code_size: int = 0
-    averaged_partials: bool = False
 
     def __post_init__(self):
         for name, least in (("frequency_octaves", 1), ("time_octaves", 1), ("code_size", 0)):
@@ -166,14 +163,7 @@ class Context(nn.Module):
             features = [torch.full_like(place, sign), place]
             features += _waves(place / 2, (2**octave for octave in range(places.frequency_octaves)))
             if pitch_hz is not None:
-                hertz = centers(n_bands, places.bands)
-                waves = _waves(hertz / pitch_hz, WAVES_PER_PARTIAL)
-                if places.averaged_partials and centers is mel_centers:
-                    # A mel band weighs by a triangle as wide, half-way up, as the next band is away.
-                    width = torch.gradient(hertz)[0] / pitch_hz
-                    weights = [torch.sinc(cycle * width) ** 2 for cycle in WAVES_PER_PARTIAL for _ in range(2)]
-                    waves = [wave * weight for wave, weight in zip(waves, weights)]
-                features += waves
+                features += _waves(centers(n_bands, places.bands) / pitch_hz, WAVES_PER_PARTIAL)
             elif places.pitch_hz is not None:
                 features += [torch.zeros_like(place)] * (2 * len(WAVES_PER_PARTIAL))
             grids.append(torch.stack(features))

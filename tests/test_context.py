@@ -8,7 +8,6 @@ import torch
 
 import fastnca
 from fastnca.context import Context, Places
-from fastnca.sound.spectrogram import linear_centers, mel_basis
 
 
 @pytest.mark.parametrize(
@@ -62,23 +61,3 @@ def test_a_sound_without_a_pitch_has_no_other():
     ):
         with pytest.raises(ValueError, match=words):
             model.tables(8, pitch_hz=330.0)
-
-
-def test_partials_are_averaged_over_a_mel_band():
-    """As a mel band's own weights do it; where it is wide, no partial can be told from the next."""
-    hertz = 196.0
-    known, averaged = (Context(Places(pitch_hz=hertz, averaged_partials=wide), 80, 513) for wide in (False, True))
-    torch.testing.assert_close(averaged.linear_features, known.linear_features)
-    wide_bands = slice(30, 79)  # of enough bins to sum over
-    weights = mel_basis()[wide_bands]
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    for index, (cycle, wave) in enumerate((c, wave) for c in (0.5, 1, 2) for wave in (torch.sin, torch.cos)):
-        expected = weights @ wave(2 * torch.pi * cycle * linear_centers() / hertz)
-        torch.testing.assert_close(averaged.mel_features[index - 6, wide_bands], expected, rtol=0, atol=0.06)
-    assert averaged.mel_features[-4:, 70:].abs().max() < 0.1 < known.mel_features[-4:, 70:].abs().max()
-
-
-def test_places_of_before_know_no_averages():
-    fields = asdict(Places(pitch_hz=440.0))
-    del fields["averaged_partials"]
-    assert Places.from_dict(fields) == Places(pitch_hz=440.0, averaged_partials=False)

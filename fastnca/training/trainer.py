@@ -280,7 +280,6 @@ class Trainer:
                 pitch_hz=math.exp(fmean(known)) if known and many else pitches_hz[0],
                 bands=own[0].scale.bands,
                 code_size=CODE_SIZE if many else 0,
-                averaged_partials=True,
             )
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
