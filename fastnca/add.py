@@ -4,9 +4,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from .automaton import backends
 from .files import check_replaceable, lock, unlock
-from .growth import chosen_pitch, measured
+from .growth import chosen_pitch, measured, trainer_options
 from .learning import write_map
 from .run import CHECKPOINT_FILE, LOCK_FILE, check_output
 from .sound.convention import on_cpu
@@ -102,7 +101,7 @@ class Addition:
             self.members[name] = replace(member, metrics=moved)
 
     def grown(self):
-        """(the Space with the new sound and its metrics, what that has grown)."""
+        """The Space with the new sound and its metrics."""
         member = Member(self.code, self.card, self.pitch_hz)
         model = Space(self.automaton, {self.name: member}, self.vocoder)[self.name]
         sound = model.grow()
@@ -168,18 +167,14 @@ def add(
     out = file if out is None else Path(out)
     name = Path(recording).stem if name is None else name
     budgets = [None if spent is None else Budget(minutes=spent) for spent in (minutes, tune)]
-    device = backends.choose_device(backend)
-    backend = backends.choose_backend(backend, device=device)
-    precision = backends.fastest_precision(backend) if precision == "auto" else precision
-    backends.choose_backend(backend, device=device, precision=precision)
-    options = {"seed": seed, "backend": backend, "precision": precision, "device": device}
+    options = trainer_options(seed, backend, precision)
     with ExitStack() as stack:
         if out == file:
             stack.enter_context(_owned(file.parent))
             check_replaceable(out)
         else:
             check_output(out)
-        space = load_space(file)
+        space = load_space(file, backend=backend)
         if name in space:
             raise ValueError(f"the space has a sound {name!r} already; choose another name with --name")
         samples, _ = load_audio(recording, duration)

@@ -12,7 +12,7 @@ from .sound.convention import HOP_LENGTH, SAMPLE_RATE, within_full_scale
 from .sound.files import check_wav_name, write_wav
 from .sound.pictures import save_growth, save_picture
 from .sound.pitch import read_pitch
-from .sound.spectrogram import bands_between
+from .sound.spectrogram import bands_between, linear_centers, mel_centers
 from .sound_model import find_model_file
 from .space import load_sound
 
@@ -199,8 +199,8 @@ def erase(grids, frames, hertz, mel_bands):
     """Copies of both grids in which the cells in that box, frames and range of Hz, are dead and empty. Of a range that
     lies between two bands it is the nearest band."""
     wounded = []
-    for grid in grids:
+    for grid, centers in zip(grids, (mel_centers, linear_centers)):
         grid = grid.clone()
-        grid[:, :, bands_between(grid.shape[2], hertz, mel_bands), frames] = 0.0
+        grid[:, :, bands_between(centers(grid.shape[2], mel_bands), hertz), frames] = 0.0
         wounded.append(grid)
     return wounded

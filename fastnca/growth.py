@@ -137,6 +137,16 @@ def measured(model, sound, target, recording):
     }
 
 
+def trainer_options(seed, backend, precision, fastest_precision=backends.fastest_precision):
+    """The options of a Trainer on this machine, "auto" replaced by what that is here. Raises ValueError, RuntimeError
+    for what cannot run."""
+    device = backends.choose_device(backend)
+    backend = backends.choose_backend(backend, device=device)
+    precision = fastest_precision(backend) if precision == "auto" else precision
+    backends.choose_backend(backend, device=device, precision=precision)
+    return {"seed": seed, "backend": backend, "precision": precision, "device": device}
+
+
 class Training(ABC):
     """A trainer at work, as a sequence of events.
 
@@ -153,11 +163,9 @@ class Training(ABC):
             raise ValueError(f"checkpoint_every_epochs must be at least 1, got {checkpoint_every_epochs}")
         self.settings = settings
         self.checkpoint_every_epochs, self.picture_every_epochs = checkpoint_every_epochs, picture_every_epochs
-        device = backends.choose_device(settings.backend)
-        backend = backends.choose_backend(settings.backend, device=device)
-        precision = settings.precision if settings.precision != "auto" else self._fastest_precision(backend)
-        backends.choose_backend(backend, device=device, precision=precision)
-        self.trainer_options = {"seed": settings.seed, "backend": backend, "precision": precision, "device": device}
+        self.trainer_options = trainer_options(
+            settings.seed, settings.backend, settings.precision, self._fastest_precision
+        )
         self.vocoder = resolve_vocoder(settings.vocoder, settings.bigvgan)
         self._running, self._stopped = threading.Event(), threading.Event()
         self._running.set()

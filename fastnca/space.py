@@ -11,7 +11,7 @@ from .context import Places, check_pitch
 from .files import read_safetensors, write_safetensors
 from .model import DualSpecTNCA
 from .sound.convention import HOP_LENGTH, SAMPLE_RATE, on_cpu
-from .sound.spectrogram import Scale, bands_between
+from .sound.spectrogram import Scale, bands_between, linear_centers, mel_centers
 from .sound.vocoder import resolve_vocoder
 from .sound_model import MIN_FRAMES, SoundCard, SoundModel, load
 
@@ -174,16 +174,17 @@ class Space(Mapping):
         """
         middle = self.morph(first, second)
         models = [self[name].automaton for name in (first, second)]
-        bands = middle.card.scale.bands
         trained, (start, stop), (low, high) = middle.card.n_frames, seconds, hertz
         if not (0 <= start < stop and low < high and start * SAMPLE_RATE / HOP_LENGTH < trained):
             raise ValueError(f"a graft is a box within the sound, from low to high, got {seconds} s, {hertz} Hz")
-        rows = [bands_between(size, hertz, bands) for size in (models[0].n_mels, models[0].n_linear)]
+        centers = mel_centers(models[0].n_mels, middle.card.scale.bands), linear_centers(models[0].n_linear)
+        rows = [bands_between(of_grid, hertz) for of_grid in centers]
 
         def cut(n_frames):
             everything = slice(0, n_frames)
             yield models[0], everything, (..., ...), (..., ...)
             begin, end = (round(second * SAMPLE_RATE / HOP_LENGTH * n_frames / trained) for second in seconds)
+            begin = min(begin, n_frames - 1)
             box = [(..., within, slice(begin, max(end, begin + 1))) for within in rows]
             yield models[1], everything, box, box
 

@@ -98,10 +98,9 @@ def linear_centers(n_bands=N_LINEAR, bands=DEFAULT_BANDS):
     return torch.linspace(0.0, SAMPLE_RATE / 2, n_bands)
 
 
-def bands_between(n_bands, hertz, bands=DEFAULT_BANDS):
-    """The bands of a grid, of the mel one or the linear one by their number, in a range (low, high) of Hz -> slice. Of
-    a range that lies between two bands it is the nearest band."""
-    centers = mel_centers(n_bands, bands) if n_bands == N_MELS else linear_centers(n_bands)
+def bands_between(centers, hertz):
+    """The bands with these centers [n_bands] in Hz that lie in a range (low, high) of Hz -> slice. Of a range that lies
+    between two bands it is the nearest band."""
     low, high = hertz
     found = torch.nonzero((centers >= low) & (centers <= high)).flatten().tolist()
     found = found or [(centers - (low + high) / 2).abs().argmin().item()]
